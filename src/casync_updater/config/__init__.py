@@ -1,0 +1,1 @@
+"""The configuration: JSON entries and ConfigObj settings, read into frozen values."""

@@ -1,0 +1,1 @@
+"""The cycle: check, plan, build, verify, commit, act, mirror."""

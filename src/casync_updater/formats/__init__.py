@@ -1,0 +1,1 @@
+"""casync's own formats: index, chunk store, archive, mtree."""

@@ -1,0 +1,1 @@
+"""Where releases and chunks come from."""
