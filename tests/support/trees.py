@@ -38,7 +38,7 @@ def make_tree(root: Path, seed: int, *, big: int = 0, count: int = 40) -> Path:
         _write(root / "names" / os.fsdecode(name), name)
     _write(root / "names" / "ümlaut", b"u")
     _write(root / "names" / "a:b=c%$(id)'\"\\", b"shell")
-    _write(root / "names" / ("l" * 255), b"long")
+    _write(root / "names" / ("l" * 230), b"long")  # casync extracts to .#NAME<16 digits>
     deep = root.joinpath("deep", *(["level"] * 40))
     _write(deep / "bottom", b"deep")
     links = root / "links"
