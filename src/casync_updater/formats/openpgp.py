@@ -24,7 +24,7 @@ _SIGNED = b"-----BEGIN PGP SIGNED MESSAGE-----"
 _BEGIN = b"-----BEGIN PGP SIGNATURE-----"
 _MARKER = re.compile(rb"^[ \t]*-----(BEGIN|END) PGP ", re.MULTILINE)
 _HASH_HEADER = re.compile(rb"Hash: [A-Za-z0-9,-]+")
-_ARMOR_HEADER = re.compile(rb"[A-Za-z]+: [^\x00-\x1f\x7f]*")
+_ARMOR_HEADER = re.compile(rb"(Version|Comment|MessageID|Hash|Charset): [^\x00-\x1f\x7f]*")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 _CRC = re.compile(rb"=[A-Za-z0-9+/]{4}")
 
