@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from casync_updater import trust
 from casync_updater.clock import Clock
@@ -118,7 +117,7 @@ class Checker:
         body, where = self._document(source, ".release", RELEASE_LIMIT)
         statement = trust.authenticate(
             body,
-            keyrings=self._keyrings(),
+            keyrings=self._entry.signed_by or (self._settings.keyrings,),
             required=self._signature_needed(),
             where=where,
             now=self._now().time,
@@ -160,13 +159,6 @@ class Checker:
                 )
             )
         return document.body, document.where
-
-    def _keyrings(self) -> tuple[Path, ...]:
-        """The entry's own keyrings; those that are installed for all entries where it has none."""
-        if self._entry.signed_by:
-            return self._entry.signed_by
-        folder = self._settings.keyrings
-        return (folder,) if folder.is_dir() else ()
 
     def _signature_needed(self) -> bool:
         return bool(

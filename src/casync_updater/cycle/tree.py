@@ -53,12 +53,16 @@ def cut(path: Path, index: Index) -> Iterator[tuple[ChunkRef, bytes]]:
             pieces = _pieces(file)
         buffer = bytearray()
         for ref in index:
-            while len(buffer) < ref.size and (piece := next(pieces, None)):
+            while len(buffer) < ref.size:
+                piece = next(pieces, b"")
+                if not piece:
+                    break
                 buffer += piece
             yield ref, bytes(buffer[: ref.size])
             del buffer[: ref.size]
-        if path.is_dir() and (buffer or next(pieces, None)):
-            yield ChunkRef(b"", index.size, 0), b"more"
+        if path.is_dir() and (buffer or next(pieces, b"")):
+            # A tree with something more: a piece of no chunk, which no id fits.
+            yield ChunkRef(b"", index.size, 0), bytes(buffer)
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
