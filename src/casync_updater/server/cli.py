@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Publish what a configuration file lists.
 
     Returns:
-        0 where every entry is published or unchanged, 1 where one failed, 2 where only the
-        configuration is in the way.
+        0 where every entry is published or unchanged, 1 where one is not, 2 where the
+        configuration kept all of them from being tried.
     """
     parser = argparse.ArgumentParser(
         prog="casync-updater-server",
@@ -119,10 +119,11 @@ def _publish_one(publication: Publication, clock: Clock) -> Outcome:
 
 
 def _exit_code(outcomes: Sequence[Outcome]) -> int:
-    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-    if not errors:
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    tried = [outcome for outcome in outcomes if not isinstance(outcome.error, ConfigError)]
+    if not failed:
         return 0
-    return 2 if all(isinstance(error, ConfigError) for error in errors) else 1
+    return 1 if tried else 2
 
 
 class Reports:

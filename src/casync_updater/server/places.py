@@ -50,6 +50,7 @@ def locked(folder: Path, clock: Clock, say: Callable[[str], object]) -> Iterator
     make_folder(folder / OWN)
     descriptor = os.open(folder / OWN / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        own_like_folder(folder / OWN / "lock")
         begin = clock.monotonic()
         waiting = False
         while True:

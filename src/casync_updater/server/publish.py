@@ -135,8 +135,8 @@ class _Publisher:
         self.store = store
         self.reporter = reporter
         self.now = float(int(clock.time()))
-        self.existing = _read_index(site)
         self.current = _read_release(site)
+        self.existing = _read_index(site, self.current)
         self.news = read_news(publication)
 
     def run(self) -> Published:
@@ -350,7 +350,10 @@ def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
-def _read_index(site: Site) -> Index | None:
+def _read_index(site: Site, current: Release | None) -> Index | None:
+    """The index whose features and chunk sizes are kept; where it is damaged, its copy's."""
+    if current is not None and _holds(copy := site.by_hash(current.index.sha256), current.index):
+        return index_format.parse(copy.read_bytes(), str(copy))
     try:
         return index_format.parse(site.index.read_bytes(), str(site.index))
     except FileNotFoundError:
