@@ -314,7 +314,7 @@ def _check_names(
     drafts: Sequence[_Draft], names: Sequence[str | None], problems: Problems
 ) -> set[int]:
     """Report equal names; the numbers of the entries that cannot be used."""
-    clashing = set()
+    clashing: set[int] = set()
     first: dict[str, int] = {}
     for position, (draft, name) in enumerate(zip(drafts, names, strict=True)):
         if name is None:
@@ -324,7 +324,7 @@ def _check_names(
         if other is not draft and (other.name or draft.name):
             what = f"{name!r} is also the name of {other.title}; give each its own"
             problems.error(*draft.where, "name", what)
-            clashing |= {position, first[name]}
+            clashing |= _stopped(drafts, position, first[name])
     return clashing
 
 
@@ -334,7 +334,7 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
     One inside another is refused even where it lies in a preserved path: that path is out of
     place for a moment whenever the outer destination is exchanged.
     """
-    clashing = set()
+    clashing: set[int] = set()
     owners: dict[Path, int] = {}
     spellings: dict[int, set[Path]] = {
         position: {draft.destination, resolved(draft.destination)}
@@ -350,7 +350,7 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
                 f"{drafts[position].destination} is also the destination of {drafts[other].title};"
                 " each destination belongs to one entry",
             )
-            clashing |= {position, other}
+            clashing |= _stopped(drafts, position, other)
         for place in paths:
             owners.setdefault(place, position)
     for position, paths in spellings.items():
@@ -362,8 +362,13 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
                 f"{drafts[position].destination} lies inside {drafts[other].destination}, the"
                 f" destination of {drafts[other].title}; choose folders apart from each other",
             )
-            clashing |= {position, other}
+            clashing |= _stopped(drafts, position, other)
     return clashing
+
+
+def _stopped(drafts: Sequence[_Draft], one: int, other: int) -> set[int]:
+    """Whom a conflict stops: both, unless one is broken anyway and must not stop the other."""
+    return {one, other} if drafts[one].entry and drafts[other].entry else set()
 
 
 def _warn_of_shared_projects(entries: Sequence[Entry], problems: Problems) -> None:

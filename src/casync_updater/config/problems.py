@@ -209,7 +209,9 @@ def one_of(*choices: str) -> Callable[[object], str]:
 
     def parse(value: object) -> str:
         if value not in choices:
-            raise BadValueError(f"is {shown(value)}; it can be {' or '.join(map(repr, choices))}")
+            raise BadValueError(
+                f"is {shown(value)}; it can be {' or '.join(repr(str(each)) for each in choices)}"
+            )
         return str(value)
 
     return parse

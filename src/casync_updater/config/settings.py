@@ -251,7 +251,7 @@ def _read(file: Path, problems: Problems) -> dict[tuple[str, str], object]:
         known.setdefault(section, {})[name] = value
     checked = ConfigObj(known, configspec=configspec(), interpolation=False, list_values=False)
     result = checked.validate(
-        Validator({name: check(parse) for name, parse in _CHECKS.items()}), preserve_errors=True
+        Validator({name: check(parse) for name, parse in CHECKS.items()}), preserve_errors=True
     )
     values: dict[tuple[str, str], object] = {
         (section, name): checked[section][name] for section in known for name in known[section]
@@ -396,7 +396,7 @@ def _file(value: object) -> Path | None:
     return found
 
 
-_CHECKS: Mapping[str, Callable[..., object]] = {
+CHECKS: Mapping[str, Callable[..., object]] = {
     "flag": _flag,
     "seconds": _seconds,
     "whole": _whole,
