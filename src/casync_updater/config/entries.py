@@ -21,6 +21,9 @@ from casync_updater.config.problems import (
     Problems,
     Reader,
     below,
+    is_folder,
+    is_readable_file,
+    is_there,
     line,
     number,
     one_of,
@@ -149,7 +152,7 @@ def entry_names(wanted: Sequence[tuple[str | None, Path | None]]) -> list[str | 
 
 
 def _entry_files(path: Path, problems: Problems) -> list[Path]:
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     try:
         found = document.files(path, ".json")
@@ -261,7 +264,7 @@ def _trigger(reader: Reader) -> Trigger:
 def _keyrings(reader: Reader, file: Path) -> tuple[Path, ...]:
     def keyring(value: object) -> Path:
         found = file.absolute().parent / path(value)
-        if not found.is_file() or not os.access(found, os.R_OK):
+        if not is_readable_file(found):
             raise BadValueError(f"is {shown(value)}, and {found} is no file that can be read")
         return found
 
@@ -289,9 +292,9 @@ def _check_destination(
     backup: Location | None,
     preserve: Sequence[str],
 ) -> None:
-    if source.suffix == ".caidx" and destination.exists() and not destination.is_dir():
+    if source.suffix == ".caidx" and is_there(destination) and not is_folder(destination):
         reader.error("dstPath", f"{destination} is no folder, and a .caidx index holds a folder")
-    if source.suffix == ".caibx" and destination.is_dir():
+    if source.suffix == ".caibx" and is_folder(destination):
         reader.error("dstPath", f"{destination} is a folder, and a .caibx index holds a file")
     safe = [resolved(destination / name) for name in preserve]
     places = {

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +450,34 @@ def test_entries_that_a_server_could_swap_are_a_warning(tmp_path: Path) -> None:
 def test_a_loop_of_links_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert only(written(tmp_path, plain(dstPath=str(tmp_path / "loop" / "x")))).name == "x"
+
+
+def test_folders_that_may_not_be_searched_raise_nothing(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    file = written(tmp_path, plain(dstPath=f"{locked}/x/y", signedBy=f"{locked}/k"))
+    code = (
+        "import sys; from pathlib import Path;"
+        "from casync_updater.config.entries import load_entries;"
+        "from casync_updater.config.settings import load_settings, settings_files;"
+        f"print(*load_entries(Path({str(file)!r})).problems, sep='\\n');"
+        f"print(*load_entries(Path('{locked}/x')).problems, sep='\\n');"
+        f"print(*load_settings(*settings_files(Path('{locked}/x'))).problems)"
+    )
+    # Root may search everything, unless it is told otherwise.
+    rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    done = subprocess.run(
+        [*(rights if os.geteuid() == 0 else []), sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    locked.chmod(0o700)
+    assert done.stderr == ""
+    first, second = done.stdout.splitlines()[:2]
+    assert "signedBy: " in first
+    assert second == f"{locked}/x: cannot be read: Permission denied"
 
 
 def test_a_backup_may_lie_in_a_preserved_path(tmp_path: Path) -> None:
