@@ -435,7 +435,7 @@ class HttpSource:
                 )
                 with contextlib.closing(_Answer(answer)) as whole:
                     response = whole.read(url, limit, self._count)
-            except (urllib3.exceptions.HTTPError, OSError) as error:
+            except (urllib3.exceptions.HTTPError, OSError, _TryAgainError) as error:
                 raise self._failure(url, flight, error) from error
             if flight.ended:
                 # A body that ends with its connection looks whole when it was cut.
@@ -452,6 +452,8 @@ class HttpSource:
             )
         if flight.ended:
             return _TryAgainError(f"{url}: the request was ended")
+        if isinstance(error, _TryAgainError):
+            return error
         kinds = urllib3.exceptions
         certificate = _certificate(error)
         if certificate is not None:
