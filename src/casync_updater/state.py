@@ -49,7 +49,7 @@ class PendingAction:
 
     id: str
     command: str
-    env: tuple[tuple[str, ...], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
     timeout: float | None = None
     state: ActionState = ActionState.WAITING
 

@@ -206,7 +206,7 @@ class Actor:
                     pending.command,
                     self._directory,
                     pending.timeout,
-                    {name: value for name, value in pending.env},
+                    dict(pending.env),
                 )
             )
         except LocalError as error:
