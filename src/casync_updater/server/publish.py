@@ -198,10 +198,11 @@ class _Publisher:
         serial = int(self.now)
         if self.current is not None and serial <= self.current.serial:
             serial = self.current.serial + 1
-            self.reporter.say(
-                f"the clock is behind the serial of the release before"
-                f" ({self.current.serial}); the new one gets {serial}"
-            )
+            if self.now < self.current.date:
+                self.reporter.say(
+                    f"the clock is behind the release before, of {_readable(self.current.date)};"
+                    f" the new one gets serial {serial}"
+                )
         if serial > self.now + SERIAL_LEAD:
             raise LocalError(
                 f"the clock is more than two days behind the release before, of"
