@@ -260,6 +260,13 @@ class StateFolder:
             )
         return state
 
+    def peek(self) -> State:
+        """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
+        try:
+            return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return State(self._destination)
+
     def _rebuilt(self) -> State:
         """A state with the marks of every release that is still kept."""
         from casync_updater.release import parse_release  # noqa: PLC0415 - deb822 is slow

@@ -19,7 +19,6 @@ from casync_updater.model import ActionSettings, Changes, Entry, Installed, Reas
 from casync_updater.state import ActionState, PendingAction, State, StateFolder
 from casync_updater.tools.actions import Action, ActionResult, ActionRunner, Handle, action_id
 
-
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 _PATIENCE = 1.0
@@ -173,7 +172,7 @@ class Actor:
                     pending.command,
                     self._directory,
                     pending.timeout,
-                    dict(pending.env),
+                    dict((name, value) for name, value in pending.env),
                 )
             )
         except LocalError as error:

@@ -100,7 +100,8 @@ def commit(
     return state
 
 
-def _moves(site: Site, entry: Entry) -> tuple[str, ...]:
+def moves(site: Site, entry: Entry) -> tuple[str, ...]:
+    """The preserved paths that are in the destination now."""
     return tuple(path for path in entry.preserve if os.path.lexists(site.destination / path))
 
 

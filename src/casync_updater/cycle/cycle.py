@@ -17,7 +17,7 @@ from casync_updater.cycle.act import Actor
 from casync_updater.cycle.build import CasyncBuilder
 from casync_updater.cycle.check import Checker, load
 from casync_updater.cycle.mirror import Mirror, present
-from casync_updater.cycle.plan import plan
+from casync_updater.cycle.plan import lacking, plan
 from casync_updater.cycle.staging import Site, identity, remove, survey
 from casync_updater.cycle.stop import Stop, StoppedError
 from casync_updater.cycle.tree import Difference, archive_digest, differences
@@ -36,6 +36,7 @@ from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
 from casync_updater.model import (
     Apply,
+    Changes,
     Entry,
     Installed,
     Location,
@@ -75,6 +76,33 @@ class Surroundings:
     stop: Stop
     runner: ActionRunner
     open_source: Callable[[Location], Source]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a cycle would do now.
+
+    Attributes:
+        update: something would be installed.
+        version: what the source has.
+        serial: its place in the order; None without a release.
+        digest: its archive digest, where somebody says it.
+        installed: the version in the destination, in words; None for none.
+        note: why nothing is installed although the source has something else.
+        download: bytes of chunks to fetch, uncompressed.
+        changes: what would differ; None where no manifest is published.
+        announced: what the publisher says about the version.
+    """
+
+    update: bool
+    version: str
+    serial: int | None
+    digest: str | None
+    installed: str | None
+    note: str | None = None
+    download: int = 0
+    changes: Changes | None = None
+    announced: tuple[str, ...] = ()
 
 
 class Cycle:
@@ -135,6 +163,66 @@ class Cycle:
         with self._outside.stop.shielded():
             self._state = commit.recover(site, self._state, self._folder, self._log.warning)
         return site
+
+    def preview(self) -> Preview:
+        """What a cycle would do now; nothing is written, not even the state.
+
+        Raises:
+            UpdaterError: no source answers, or what it offers is refused.
+        """
+        self._state = self._folder.load()
+        try:
+            outcome = self.check().outcome
+            candidate = outcome.candidate
+            release, current = candidate.release, self._state.installed
+            preview = Preview(
+                isinstance(outcome, Newer),
+                candidate.version,
+                release.serial if release else None,
+                candidate.digest,
+                (current.version or current.digest) if current else None,
+                note=outcome.note if isinstance(outcome, UpToDate) else None,
+                announced=release.changes if release else (),
+            )
+            if isinstance(outcome, UpToDate):
+                return preview
+            offer = load(candidate)
+            fetch = lacking(offer, self._known_ids())
+            return replace(
+                preview,
+                download=sum(ref.size for ref in fetch),
+                changes=self._announced_changes(offer),
+            )
+        finally:
+            self._close()
+
+    def _known_ids(self) -> frozenset[bytes]:
+        current = self._state.installed
+        if current is None:
+            return frozenset()
+        return frozenset(ref.id for ref in self._kept_index(current))
+
+    def _announced_changes(self, offer: Offer) -> Changes | None:
+        """What the published manifest says that differs from the installed version."""
+        manifest = self._published_manifest(offer)
+        if manifest is None:
+            return None
+        current = self._state.installed
+        before = self._manifest_nodes(current) if current else ()
+        where = offer.candidate.where
+        return mtree.diff(before, mtree.parse(manifest.splitlines(), offer.index.features, where))
+
+    def installed(self) -> Installed | None:
+        """The version that the state says is in the destination."""
+        return self._folder.load().installed
+
+    def verify(self) -> tuple[Difference, ...]:
+        """How the destination differs from what was installed; empty where it does not."""
+        self._state = self._folder.load()
+        site = self.recover()
+        if self._state.installed is None:
+            return ()
+        return tuple(self.differences(site, self._state.installed))
 
     def rollback(self) -> CycleEnd:
         """Put the version before into the destination, and hold the entry there.

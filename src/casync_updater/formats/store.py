@@ -152,7 +152,7 @@ def read_regular(
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise ContentError(f"{where} is no regular file") from error
         raise
-    with open(descriptor, "rb", buffering=0) as file:
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             raise ContentError(f"{where} is no regular file")
@@ -205,7 +205,7 @@ class LocalStore:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                     descriptor = os.open(temporary, flags, 0o644, dir_fd=folder)
-                    with open(descriptor, "wb") as file:
+                    with os.fdopen(descriptor, "wb") as file:
                         file.write(data)
                     os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
                 except BaseException:
@@ -228,9 +228,7 @@ class LocalStore:
         try:
             with self._folder(hex_id[:4]) as folder:
                 try:
-                    return read_regular(
-                        hex_id + SUFFIX, limit, dir_fd=folder, where=str(where)
-                    )[0]
+                    return read_regular(hex_id + SUFFIX, limit, dir_fd=folder, where=str(where))[0]
                 except FileNotFoundError:
                     return read_regular(
                         hex_id, limit, dir_fd=folder, where=str(where.with_suffix(""))

@@ -53,6 +53,7 @@ _SETTLED = 2.0
 servers round."""
 _QUOTED = "/%!$&'()*+,;=:@~"
 _SAME = 304
+_CHANCE = random.SystemRandom()
 _AGAIN = frozenset((408, 425, 429))
 _GONE = frozenset((404, 410))
 _MOVED = frozenset((301, 302, 303, 307, 308))
@@ -131,7 +132,8 @@ def _basic(user: str, password: str) -> str:
 class _Origin:
     """A scheme, host and port with everything that a request to it needs."""
 
-    pool: urllib3.HTTPConnectionPool
+    pool: Any
+    """A urllib3 connection pool; what Debian 12 has is without types."""
     prefix: str
     """What stands before the path on the request line: a proxy wants to know the host."""
     headers: Mapping[str, str]
@@ -248,9 +250,7 @@ class _Watch:
     def pause(self, seconds: float, generation: int) -> None:
         """Wait, unless the request that waits is ended."""
         with self._condition:
-            self._condition.wait_for(
-                lambda: self._closed or self.generation != generation, seconds
-            )
+            self._condition.wait_for(lambda: self._closed or self.generation != generation, seconds)
 
     def aborted(self, generation: int) -> bool:
         """Whether a request that began in this generation was ended."""
@@ -393,7 +393,7 @@ class HttpSource:
                 if attempt >= self._settings.retries:
                     tried = f" ({attempt + 1} attempts)" if attempt else ""
                     raise RemoteError(f"{error}{tried}") from error.__cause__
-                wait = backoff(attempt, error.wait, self._settings.retry_max_wait, random.random())
+                wait = backoff(attempt, error.wait, self._settings.retry_max_wait, _CHANCE.random())
                 self._watch.pause(wait, generation)
                 attempt += 1
 
@@ -508,11 +508,8 @@ class HttpSource:
             # Not prepared by the session, which would read ~/.netrc.
             prepared = requests.Request("GET", url.origin + url.target).prepare()
             assert prepared.url is not None
-            env = self._session.merge_environment_settings(
-                prepared.url, {}, True, ca_bundle, cert
-            )
-            adapter = self._session.get_adapter(prepared.url)
-            assert isinstance(adapter, requests.adapters.HTTPAdapter)
+            env = self._session.merge_environment_settings(prepared.url, {}, True, ca_bundle, cert)
+            adapter: Any = self._session.get_adapter(prepared.url)
             pool = _pool(adapter, prepared, env)
             adapter.cert_verify(pool, prepared.url, env["verify"], env["cert"])
             absolute = adapter.request_url(prepared, env["proxies"]).startswith("http")
@@ -611,24 +608,16 @@ def _logins(settings: FetchSettings) -> dict[str, str]:
             f"{settings.credentials}: the credentials cannot be read: {error}"
         ) from error
     return {
-        host.lower(): _basic(login, password or "")
-        for host, (login, _, password) in hosts.items()
+        host.lower(): _basic(login, password or "") for host, (login, _, password) in hosts.items()
     }
 
 
-def _pool(
-    adapter: requests.adapters.HTTPAdapter,
-    prepared: requests.PreparedRequest,
-    env: Mapping[str, Any],
-) -> urllib3.HTTPConnectionPool:
-    """The adapter's pool; requests 2.32 (Debian 13) made the older way (Debian 12) a deprecated one."""
+def _pool(adapter: Any, prepared: requests.PreparedRequest, env: Mapping[str, Any]) -> Any:
+    """The adapter's connections; the way that Debian 12 has is a deprecated one in Debian 13."""
     newer = getattr(adapter, "get_connection_with_tls_context", None)
-    pool: urllib3.HTTPConnectionPool
     if newer is not None:
-        pool = newer(prepared, env["verify"], proxies=env["proxies"], cert=env["cert"])
-    else:
-        pool = adapter.get_connection(prepared.url, env["proxies"])
-    return pool
+        return newer(prepared, env["verify"], proxies=env["proxies"], cert=env["cert"])
+    return adapter.get_connection(prepared.url, env["proxies"])
 
 
 def _moved(url: _Url, location: str) -> _Url:
