@@ -152,17 +152,22 @@ def read_regular(
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise ContentError(f"{where} is no regular file") from error
         raise
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             raise ContentError(f"{where} is no regular file")
         if state.st_size > limit:
             raise ContentError(f"{where} has {state.st_size} bytes, at most {limit} are expected")
-        # It may be shorter by now; what it grew to is not wanted.
+        # It may be shorter by now; what it grew by is not wanted.
         data = bytearray()
-        while len(data) < state.st_size and (piece := file.read(state.st_size - len(data))):
+        while left := state.st_size - len(data):
+            piece = os.read(descriptor, left)
+            if not piece:
+                break
             data += piece
-        return bytes(data), state
+    finally:
+        os.close(descriptor)
+    return bytes(data), state
 
 
 class LocalStore:
@@ -205,7 +210,7 @@ class LocalStore:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                     descriptor = os.open(temporary, flags, 0o644, dir_fd=folder)
-                    with open(descriptor, "wb") as file:
+                    with os.fdopen(descriptor, "wb") as file:
                         file.write(data)
                     os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
                 except BaseException:
@@ -228,9 +233,7 @@ class LocalStore:
         try:
             with self._folder(hex_id[:4]) as folder:
                 try:
-                    return read_regular(
-                        hex_id + SUFFIX, limit, dir_fd=folder, where=str(where)
-                    )[0]
+                    return read_regular(hex_id + SUFFIX, limit, dir_fd=folder, where=str(where))[0]
                 except FileNotFoundError:
                     return read_regular(
                         hex_id, limit, dir_fd=folder, where=str(where.with_suffix(""))
