@@ -38,8 +38,9 @@ def run(
     args: argparse.Namespace,
     entries: Iterable[Entry],
     settings: OnlineSettings,
-    clock: Clock,
     out: TextIO,
+    *,
+    clock: Clock,
     since: Mapping[str, tuple[str, float]],
     environment: Mapping[str, str] = os.environ,
 ) -> int:
@@ -49,8 +50,8 @@ def run(
         args: what `add_parser` describes.
         entries: the configured entries.
         settings: ``[online]``.
-        clock: the time.
         out: where to write to.
+        clock: the time.
         since: by host, the state that the daemon sees it in and since when (seconds since
             1970): it has been looking for longer. Empty where no daemon runs.
         environment: for the proxies.

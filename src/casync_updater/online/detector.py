@@ -189,8 +189,10 @@ def _given_up(state: State) -> bool:
 
 def _missed(state: State, now: float, pace: Pace) -> State:
     assert state.started is not None
-    position = state.failures + (2 if state.phase is Phase.ONLINE else 0)
-    distance = min(FAST[min(position, len(FAST) - 1)], pace.offline)
+    if state.phase is Phase.ONLINE:
+        distance = FAST[state.failures + len(FAST) - (PATIENCE - 1)]
+    else:
+        distance = min(FAST[state.failures], pace.offline)
     return _later(replace(state, failures=state.failures + 1), max(now, state.started + distance))
 
 
