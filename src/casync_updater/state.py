@@ -120,8 +120,13 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The last body of a document, with the validators that belong to it."""
+    """The last body of a document, with the validators that belong to it.
 
+    The key is made of a hash, since an address may hold a password; the body is kept byte for
+    byte, as Latin-1.
+    """
+
+    key: str
     where: str
     body: str
     etag: str | None = None
@@ -159,13 +164,13 @@ class State:
         """True once a release was accepted: from then on a source without one is none."""
         return self.unsigned_mark is not None or self.signed_mark is not None
 
-    def answer(self, where: str) -> Answer | None:
-        """The stored body of a document, by its address."""
-        return next((answer for answer in self.answers if answer.where == where), None)
+    def answer(self, key: str) -> Answer | None:
+        """The stored body of a document, by its key."""
+        return next((answer for answer in self.answers if answer.key == key), None)
 
     def with_answer(self, answer: Answer) -> "State":
         """The state with a document's body replaced."""
-        others = tuple(other for other in self.answers if other.where != answer.where)
+        others = tuple(other for other in self.answers if other.key != answer.key)
         return replace(self, answers=(*others, answer))
 
 
@@ -258,7 +263,8 @@ class StateFolder:
 
     def _rebuilt(self) -> State:
         """A state with the marks of every release that is still kept."""
-        from casync_updater.release import parse_release, unwrap  # noqa: PLC0415 - deb822 is slow
+        from casync_updater.release import parse_release  # noqa: PLC0415 - deb822 is slow
+        from casync_updater.trust import unwrap  # noqa: PLC0415
 
         state = State(self._destination)
         for file in sorted((self.path / "versions").glob("*.release")):

@@ -49,3 +49,9 @@ def sync_file_system(path: Path) -> None:
             raise OSError(number, os.strerror(number), str(path))
     finally:
         os.close(descriptor)
+
+
+def free_space(path: Path) -> int:
+    """Bytes that this user may still write to the file system that holds a path."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

@@ -1,21 +1,47 @@
 """What the rooms of the cycle hand to each other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from casync_updater.cycle.staging import Site
 from casync_updater.errors import UpdaterError
 from casync_updater.formats.index import Index
-from casync_updater.model import (
-    Changes,
-    ChunkRef,
-    FileRef,
-    Installed,
-    Location,
-    Origin,
-    Release,
-)
+from casync_updater.model import Apply, Changes, ChunkRef, Installed, Origin, Release
+from casync_updater.sources.base import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What one source says is current, before its index is fetched.
+
+    Attributes:
+        origin: which of the entry's two places it is.
+        source: that place, opened.
+        release: what the publisher says; None in the old layout.
+        text: the release as published, byte for byte.
+        signed: a signature was verified.
+        digest: the archive digest; None where the source has neither release nor ``.cks``.
+        index_bytes: the index, where it had to be read to know what is current.
+        where: the address of what was read, for messages.
+    """
+
+    origin: Origin
+    source: Source
+    release: Release | None
+    text: bytes | None
+    signed: bool
+    digest: str | None
+    index_bytes: bytes | None
+    where: str
+
+    @property
+    def version(self) -> str:
+        """How messages name it."""
+        if self.release:
+            return self.release.version
+        return f"archive {self.digest[:12]}" if self.digest else "an archive without checksum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +49,27 @@ class UpToDate:
     """There is nothing to install.
 
     Attributes:
-        where: who said so.
-        note: what the operator should know (held, marked bad, a stale mirror), if anything.
+        candidate: what the source has; the installed version itself where note is None.
+        note: why something else is not installed (held, marked bad, an older mirror).
     """
 
-    where: str
+    candidate: Candidate
     note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Newer:
+    """A version that shall be installed."""
+
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The check's result, with what went wrong at sources that another stood in for."""
+
+    outcome: UpToDate | Newer
+    failures: tuple[UpdaterError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,48 +77,20 @@ class Offer:
     """A version that shall be installed, with its checked index.
 
     Attributes:
-        origin: which of the entry's two places offers it.
-        location: that place.
-        release: what the publisher says; None in the old layout.
-        text: the release as published, byte for byte.
-        signed: a signature was verified.
+        candidate: what the source says.
         index: the parsed index.
         index_bytes: its bytes, checked against the release.
         index_sha256: their hash.
-        digest: the archive digest that the tree must have; None where nobody says.
-        where: the release's (or index's) address, for messages.
-        repair: the installed version itself, because the destination drifted from it.
+        is_archive: a tree (``.caidx``), not a file or device (``.caibx``).
+        repair: it is the installed version itself, since the destination drifted from it.
     """
 
-    origin: Origin
-    location: Location
-    release: Release | None
-    text: bytes | None
-    signed: bool
+    candidate: Candidate
     index: Index
     index_bytes: bytes
     index_sha256: str
-    digest: str | None
-    where: str
+    is_archive: bool
     repair: bool = False
-
-    @property
-    def version(self) -> str:
-        """How messages name it."""
-        return self.release.version if self.release else f"index {self.index_sha256[:12]}"
-
-    @property
-    def mtree(self) -> FileRef | None:
-        """The published manifest that the release vouches for."""
-        return self.release.mtree if self.release else None
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """The check's result, with what went wrong at sources that others stood in for."""
-
-    outcome: UpToDate | Offer
-    failures: tuple[UpdaterError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,7 @@ class Plan:
         offer: what is installed.
         site: where it goes.
         old: the version in the destination, where the state vouches for it.
+        before: the mtree lines of what is in the destination.
         fetch: the chunks that the destination does not have, in the order of the stream, each
             id once.
         fetch_size: the sum of their sizes.
@@ -97,6 +111,7 @@ class Plan:
     offer: Offer
     site: Site
     old: Installed | None
+    before: bytes
     fetch: tuple[ChunkRef, ...]
     fetch_size: int
     space: int
@@ -107,6 +122,12 @@ class Staged:
     """The new tree, complete, beside the destination (or in it, where it is in place)."""
 
     plan: Plan
+
+    @property
+    def tree(self) -> Path:
+        """Where it stands."""
+        site = self.plan.site
+        return site.new if site.apply is Apply.ATOMIC else site.destination
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,5 +173,11 @@ class Chunks(Protocol):
 class Builder(Protocol):
     """Makes the new tree."""
 
-    def build(self, plan: Plan, chunks: Chunks) -> Staged:
-        """Build what a plan says; resumes what an earlier try left."""
+    def build(self, plan: Plan, chunks: Chunks, begin: Callable[[], None]) -> Staged:
+        """Build what a plan says; resumes what an earlier try left.
+
+        Args:
+            plan: what is built, and where.
+            chunks: gives what the destination does not have.
+            begin: called before the first write to a destination that is updated in place.
+        """
