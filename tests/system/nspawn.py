@@ -198,6 +198,32 @@ class Machine:
             )
         return done
 
+    def chroot(self, *argv: str, options: Sequence[str] = ()) -> str:
+        """Run a program in the system while it is off, as the builder of an image does.
+
+        There is no systemd then, and the network is this machine's.
+
+        Raises:
+            AssertionError: its exit code is not 0.
+        """
+        assert self._nspawn is None, "it runs"
+        variables = [f"--setenv={name}={value}" for name, value in _ENVIRONMENT.items()]
+        done = subprocess.run(
+            [
+                *("systemd-nspawn", "--quiet", "--as-pid2", "--register=no", "--keep-unit"),
+                *(f"--directory={self.root}", f"--machine={self._name}", "--timezone=off"),
+                *("--resolv-conf=off", "--console=pipe", *variables, *options, "--", *argv),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{' '.join(argv)}: {done.returncode}\n{done.stdout}"
+        return done.stdout
+
     def output(self, *argv: str) -> str:
         """What a program writes to standard output, whatever its exit code."""
         return self.run(*argv, check=False).stdout.strip()
@@ -262,7 +288,7 @@ class Machine:
             if self._nspawn is not None and self._nspawn.poll() is not None:
                 raise AssertionError(f"waiting for {what}: the container ended:\n{self.console}")
             if time.monotonic() > end:
-                raise AssertionError(f"waited {timeout} s for {what}:\n{self.console[-4000:]}")
+                raise AssertionError(f"waited {timeout} s for {what}; console: {self.console[-500:]}")
             time.sleep(step)
 
     @property
