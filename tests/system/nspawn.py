@@ -288,7 +288,8 @@ class Machine:
             if self._nspawn is not None and self._nspawn.poll() is not None:
                 raise AssertionError(f"waiting for {what}: the container ended:\n{self.console}")
             if time.monotonic() > end:
-                raise AssertionError(f"waited {timeout} s for {what}; console: {self.console[-500:]}")
+                end_of_console = self.console[-500:]
+                raise AssertionError(f"waited {timeout} s for {what}; console: {end_of_console}")
             time.sleep(step)
 
     @property
