@@ -52,9 +52,6 @@ class PendingAction:
     env: tuple[tuple[str, ...], ...] = ()
     timeout: float | None = None
     state: ActionState = ActionState.WAITING
-    boot_id: str | None = None
-    handle: str | None = None
-    """What the runner needs to collect the result in another process."""
 
 
 class Intent(StrEnum):
@@ -156,6 +153,8 @@ class State:
     last_success: float | None = None
     last_verify: float | None = None
     last_error: str | None = None
+    backup_absent: bool = False
+    """It was said that the backup's folder is not there."""
     newest_date: float | None = None
     """The newest Date of any release that was accepted: a lower bound for the clock."""
 
@@ -260,6 +259,13 @@ class StateFolder:
                 newest_date=state.newest_date,
             )
         return state
+
+    def peek(self) -> State:
+        """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
+        try:
+            return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return State(self._destination)
 
     def _rebuilt(self) -> State:
         """A state with the marks of every release that is still kept."""

@@ -117,7 +117,7 @@ class Checker:
         body, where = self._document(source, ".release", RELEASE_LIMIT)
         statement = trust.authenticate(
             body,
-            keyrings=(*self._entry.signed_by, *trust.installed_keyrings(self._settings)),
+            keyrings=self._entry.signed_by or (self._settings.keyrings,),
             required=self._signature_needed(),
             where=where,
             now=self._now().time,

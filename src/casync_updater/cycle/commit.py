@@ -16,7 +16,7 @@ import zstandard
 from casync_updater import syscalls
 from casync_updater.cycle.staging import Site, identity, make_staging, remove
 from casync_updater.cycle.tree import archive_digest
-from casync_updater.cycle.values import Committed, Verified
+from casync_updater.cycle.values import Verified
 from casync_updater.errors import ContentError, LocalError
 from casync_updater.files import sync_folder
 from casync_updater.formats import index as index_format
@@ -49,7 +49,7 @@ def commit(
     installed: Installed,
     actions: tuple[PendingAction, ...],
     now: float,
-) -> tuple[Committed, State]:
+) -> State:
     """Put a verified tree into the destination, durably.
 
     Args:
@@ -86,7 +86,7 @@ def commit(
                     installed,
                     old=identity(site.destination),
                     new=identity(site.new),
-                    moves=_moves(site, entry),
+                    moves=moves(site, entry),
                     actions=actions,
                 ),
             )
@@ -97,10 +97,11 @@ def commit(
         raise LocalError(f"{error.filename or site.destination}: {error.strerror}") from error
     state = replace(state, last_verify=now)
     folder.save(state)
-    return Committed(verified, installed), state
+    return state
 
 
-def _moves(site: Site, entry: Entry) -> tuple[str, ...]:
+def moves(site: Site, entry: Entry) -> tuple[str, ...]:
+    """The preserved paths that are in the destination now."""
     return tuple(path for path in entry.preserve if os.path.lexists(site.destination / path))
 
 

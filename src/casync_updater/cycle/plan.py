@@ -48,20 +48,26 @@ def plan(
             f" preserved {preserve[0]}: take preserve out of the entry, or move the destination"
         )
     old = _known(offer, site, state)
-    have = set()
+    have: frozenset[bytes] = frozenset()
     if old is not None and folder.index(old).exists():
         file = folder.index(old)
-        have = {ref.id for ref in index_format.parse(file.read_bytes(), str(file))}
+        have = frozenset(ref.id for ref in index_format.parse(file.read_bytes(), str(file)))
     before = _before(offer, site, old, folder, preserve)
+    fetch = lacking(offer, have)
+    size = sum(ref.size for ref in fetch)
+    space = offer.index.size if site.apply is Apply.ATOMIC else size
+    result = Plan(offer, site, old, before, fetch, size, space)
+    _demand_space(result, spool)
+    return result
+
+
+def lacking(offer: Offer, have: frozenset[bytes]) -> tuple[ChunkRef, ...]:
+    """An offer's chunks that are not among the ids that are there, each id once."""
     fetch: dict[bytes, ChunkRef] = {}
     for ref in offer.index:
         if ref.id not in have:
             fetch.setdefault(ref.id, ref)
-    size = sum(ref.size for ref in fetch.values())
-    space = offer.index.size if site.apply is Apply.ATOMIC else size
-    result = Plan(offer, site, old, before, tuple(fetch.values()), size, space)
-    _demand_space(result, spool)
-    return result
+    return tuple(fetch.values())
 
 
 def _known(offer: Offer, site: Site, state: State) -> Installed | None:

@@ -45,6 +45,7 @@ def cut(path: Path, index: Index) -> Iterator[tuple[ChunkRef, bytes]]:
     last ones may be missing or short.
     """
     with contextlib.ExitStack() as stack:
+        pieces: Iterator[bytes]
         if path.is_dir():
             pieces = stack.enter_context(casync.stream_archive(path, flags=index.flags))
         else:
@@ -52,12 +53,16 @@ def cut(path: Path, index: Index) -> Iterator[tuple[ChunkRef, bytes]]:
             pieces = _pieces(file)
         buffer = bytearray()
         for ref in index:
-            while len(buffer) < ref.size and (piece := next(pieces, b"")):
+            while len(buffer) < ref.size:
+                piece = next(pieces, b"")
+                if not piece:
+                    break
                 buffer += piece
             yield ref, bytes(buffer[: ref.size])
             del buffer[: ref.size]
         if path.is_dir() and (buffer or next(pieces, b"")):
-            yield ChunkRef(b"", index.size, 0), b"more"
+            # A tree with something more: a piece of no chunk, which no id fits.
+            yield ChunkRef(b"", index.size, 0), bytes(buffer)
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

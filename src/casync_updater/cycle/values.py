@@ -147,14 +147,6 @@ class Verified:
     changes: Changes = field(default_factory=Changes)
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The new tree is in the destination, and the state says so."""
-
-    verified: Verified
-    installed: Installed
-
-
 class Chunks(Protocol):
     """Verified chunks, from wherever they are nearest."""
 
