@@ -172,7 +172,7 @@ class Actor:
                     pending.command,
                     self._directory,
                     pending.timeout,
-                    {name: value for name, value in pending.env},
+                    dict((name, value) for name, value in pending.env),
                 )
             )
         except LocalError as error:

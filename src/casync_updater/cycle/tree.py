@@ -54,13 +54,13 @@ def cut(path: Path, index: Index) -> Iterator[tuple[ChunkRef, bytes]]:
         buffer = bytearray()
         for ref in index:
             while len(buffer) < ref.size:
-                piece = next(pieces, b"")
+                piece: bytes = next(pieces, b"")
                 if not piece:
                     break
                 buffer += piece
             yield ref, bytes(buffer[: ref.size])
             del buffer[: ref.size]
-        if path.is_dir() and (buffer or next(pieces, b"")):
+        if path.is_dir() and (buffer or next(pieces, b"") != b""):
             # A tree with something more: a piece of no chunk, which no id fits.
             yield ChunkRef(b"", index.size, 0), bytes(buffer)
 
