@@ -1,7 +1,7 @@
 """The daemon's children: started, listened to, told to stop, and ended where they hang."""
 
 import contextlib
-import hashlib
+import json
 import logging
 import os
 import shutil
@@ -38,7 +38,7 @@ class Task:
     """The entry; empty where the task is about all of them."""
     reason: Reason | None = None
     skip: tuple[str, ...] = ()
-    """Startup commands that are not run."""
+    """Startup commands that are not run; the child reads them as JSON from its standard input."""
 
     @property
     def title(self) -> str:
@@ -71,7 +71,7 @@ class Child:
         os.set_blocking(self._reports, False)
         try:
             inherited = (writer,) if task.kind is Kind.CYCLE else ()
-            self._process = _start([*program, *_arguments(task, writer)], inherited)
+            self._process = _start([*program, *_arguments(task, writer)], inherited, task.skip)
         except BaseException:
             os.close(self._reports)
             raise
@@ -171,36 +171,36 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def command_digest(command: str) -> str:
-    """Names a command on a command line, where it might not fit and would be read by others."""
-    return hashlib.sha256(command.encode(errors="surrogatepass")).hexdigest()
-
-
 def _arguments(task: Task, report: int) -> list[str]:
     match task.kind:
         case Kind.RECOVER:
             return ["recover"]
         case Kind.STARTUP:
-            skip = [f"--skip={command_digest(command)}" for command in task.skip]
-            return ["startup", *skip, "--", task.name]
+            return ["startup", "--", task.name]
         case Kind.CYCLE:
             reason = str(task.reason)
             return ["update", "--reason", reason, "--report", str(report), "--", task.name]
 
 
-def _start(argv: Sequence[str], inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+def _start(
+    argv: Sequence[str], inherited: Sequence[int], skip: Sequence[str]
+) -> subprocess.Popen[bytes]:
     if shutil.which("setpriv") is None:
         raise LocalError("setpriv is not installed; it is part of util-linux")
     environment = {
         name: value for name, value in os.environ.items() if name not in _FOR_THE_DAEMON_ONLY
     }
-    try:
-        return subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", "--", *argv],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            pass_fds=inherited,
-            process_group=0,
-        )
-    except (OSError, ValueError) as error:
-        raise LocalError(f"{argv[0]} cannot be started: {error}") from error
+    # Commands do not fit on every command line, and a file in memory never blocks the daemon.
+    with os.fdopen(os.memfd_create("skip"), "wb+") as stdin:
+        stdin.write(json.dumps(skip).encode())
+        stdin.seek(0)
+        try:
+            return subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", "--", *argv],
+                stdin=stdin,
+                env=environment,
+                pass_fds=inherited,
+                process_group=0,
+            )
+        except (OSError, ValueError) as error:
+            raise LocalError(f"{argv[0]} cannot be started: {error}") from error

@@ -8,22 +8,23 @@ around one selector, with the signals, the children and the network's watcher in
 import contextlib
 import json
 import logging
+import math
 import os
 import selectors
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from casync_updater import scheduler
 from casync_updater.children import Child, Kind, Task
 from casync_updater.clock import Clock
+from casync_updater.config.configuration import Configuration
 from casync_updater.errors import LocalError
 from casync_updater.live import Live, LiveEntry, only_daemon, write_live
 from casync_updater.logs import fields
-from casync_updater.model import Entry, Progress, Settings, Step
+from casync_updater.model import Progress, Settings, Step
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.scheduler import (
     Configured,
@@ -64,16 +65,6 @@ _LEVELS = {
     Outcome.FAILED: logging.ERROR,
     Outcome.REFUSED: logging.ERROR,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """What stands in the configuration files, as far as it could be read."""
-
-    entries: tuple[Entry, ...]
-    settings: Settings
-    problems: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 class Watcher(Protocol):
@@ -159,7 +150,7 @@ class Daemon:
         self._reload = False
         self._last: dict[str, tuple[Outcome, str]] = {}
         self._told: tuple[Live, str] | None = None
-        self._tell_at = self._extend_at = self._ping_at = -1e9
+        self._tell_at = self._extend_at = self._ping_at = -math.inf
 
     def run(self) -> int:
         """Work until SIGTERM or SIGINT.
@@ -354,6 +345,7 @@ class Daemon:
 
     def _stop(self) -> None:
         self._phase = "stopping"
+        self._extend_at = -math.inf
         self._notifier.stopping()
         self._unwatch()
         for child in self._children:

@@ -77,8 +77,8 @@ def write_live(path: Path, live: Live) -> None:
     new.replace(path)
 
 
-def read_live(state_dir: Path) -> Live | None:
-    """What the running daemon says of itself; None where none runs on this state directory."""
+def read_live(state_dir: Path) -> dict[str, Any]:
+    """What the running daemon says of itself; nothing where none runs on this state directory."""
     try:
         with (state_dir / LOCK).open("rb") as lock:
             try:
@@ -86,10 +86,11 @@ def read_live(state_dir: Path) -> Live | None:
             except BlockingIOError:
                 holder = json.load(lock)
             else:
-                return None
-        return _live(json.loads(Path(holder["live"]).read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+                return {}
+        document = json.loads(Path(holder["live"]).read_bytes())
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 @contextlib.contextmanager
@@ -137,20 +138,3 @@ def _lock(descriptor: int, path: Path) -> None:
         f"{holder} is already the daemon of {path.parent}; stop it, or give --state-dir another"
         " directory"
     )
-
-
-def _live(document: Any) -> Live:
-    entries = {
-        str(name): LiveEntry(
-            Step(entry["state"]),
-            entry["version"],
-            None
-            if entry["progress"] is None
-            else Progress(entry["progress"]["done"], entry["progress"]["total"]),
-            None if entry["reason"] is None else Reason(entry["reason"]),
-            entry["since"],
-            entry["nextCheck"],
-        )
-        for name, entry in document["entries"].items()
-    }
-    return Live(document["pid"], document["phase"], entries, document["online"])
