@@ -241,12 +241,13 @@ class Daemon:
         task = child.task
         if task.kind is Kind.CYCLE:
             result = child.result or CycleEnd(
-                Outcome.FAILED, 1, f"{task.name}: its process {how} without a result"
+                Outcome.FAILED, 1, f"its process {how} without a result"
             )
             self._log_result(task, result)
             self._events.append(Ended(task.name, result.checked, result.actions))
-        elif code and self._phase != "stopping":
-            log.error("%s: %s %s", task.title, task.kind, how, extra=fields(task.name))
+        elif code < 0 and self._phase != "stopping":
+            # With an exit code, it has said itself what failed.
+            log.error("%s: its process %s", task.title, how, extra=fields(task.name))
         if task.kind is Kind.RECOVER and self._phase == "starting":
             self._begin()
 
@@ -379,7 +380,8 @@ class Daemon:
         self._last[task.name] = last
         log.log(
             _LEVELS[result.outcome] if news else logging.DEBUG,
-            "%s",
+            "%s: %s",
+            task.name,
             result.message,
             extra=fields(task.name, serial=result.serial, reason=task.reason),
         )

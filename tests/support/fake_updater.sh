@@ -20,7 +20,7 @@ done
 name=${1-}
 
 report() { printf '%s\n' "$1" >&"$fd"; }
-result() { report "{\"result\": {\"outcome\": \"$1\", \"exit\": 0, \"message\": \"$name: $1\", \"source\": \"source\", \"actions\": [${2-}]}}"; }
+result() { report "{\"result\": {\"outcome\": \"$1\", \"exit\": 0, \"message\": \"$1\", \"source\": \"source\", \"actions\": [${2-}]}}"; }
 
 echo "$command $name $reason ${skip[*]}" >>"$folder/calls"
 trap 'echo "end $command $name" >>"$folder/calls"' EXIT
