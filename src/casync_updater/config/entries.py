@@ -4,7 +4,6 @@ A file holds one entry or an array of entries, in the JSON that the old client r
 used only if nothing in it is wrong; every other entry is used whatever is wrong with this one.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -420,6 +419,9 @@ def _default_name(destination: Path, depth: int) -> str:
     name = name.lstrip(".-")[-80:].lstrip(".-")
     if name and depth <= _levels(destination):
         return name
+    # Takes 3.5 MB (OpenSSL), which the idle daemon can do without.
+    import hashlib  # noqa: PLC0415
+
     digest = hashlib.sha256(os.fsencode(destination)).hexdigest()[:8]
     return f"{name or 'entry'}-{digest}"
 
