@@ -12,7 +12,7 @@ from support.netns import BEHIND, FAR, FAR6, Pair, Watcher, pair
 
 pytestmark = pytest.mark.system
 
-FLAPS = int(os.environ.get("ONLINE_FLAPS", "12"))
+FLAPS = int(os.environ.get("ONLINE_FLAPS", "10"))
 """Each takes a second. The table in the documentation is of 30."""
 
 FAR_HOST = Path(__file__).parents[1] / "support" / "far_host.py"
@@ -74,6 +74,32 @@ def test_where_icmp_is_filtered_a_tcp_connect_answers_and_is_remembered(world: P
         now = time.monotonic()
         world.plug()
         assert watcher.came_online(now) < 1.0
+
+
+NOBODY = "--reuid 65534 --regid 65534 --clear-groups"
+
+
+@pytest.mark.parametrize(
+    ("rights", "groups", "method", "icmp"),
+    [
+        ("--bounding-set -all,+net_raw --inh-caps -all,+net_raw --ambient-caps +net_raw",
+         "1 0", "icmp", "raw"),
+        ("--bounding-set -all --inh-caps -all", "0 2147483647", "icmp", "unprivileged"),
+        ("--bounding-set -all --inh-caps -all", "1 0", "tcp", "not permitted"),
+    ],
+)  # fmt: skip
+def test_it_works_with_the_rights_it_has_and_says_which(
+    world: Pair, rights: str, groups: str, method: str, icmp: str
+) -> None:
+    world.device.run("sysctl", "-qw", f"net.ipv4.ping_group_range={groups}")
+    prelude = f'set -- setpriv {rights} {NOBODY} "$@"'
+    with (
+        world.far.running(*service("tcp", FAR, "80")),
+        Watcher(world.device, FAR, prelude=prelude) as watcher,
+    ):
+        came_first(watcher)
+        (status,) = watcher.report()
+        assert (status["method"], status["icmp"]) == (method, icmp)
 
 
 def test_a_host_whose_method_changes_is_not_declared_dead(world: Pair) -> None:

@@ -355,7 +355,8 @@ def _usable_route(body: bytes, *, beyond: bool) -> tuple[int, str, str | None] |
     if what not in (_UNICAST, _LOCAL) or _RTA_OIF not in found or _RTA_PREFSRC not in found:
         return None
     source = socket.inet_ntop(family, found[_RTA_PREFSRC])
-    if beyond and _is_link_local(source):
+    # Without a better one the kernel takes ::1, as it does while an address is not usable yet.
+    if ipaddress.ip_address(source).is_loopback or (beyond and _is_link_local(source)):
         return None
     (index,) = struct.unpack_from("=i", found[_RTA_OIF])
     return index, source, _gateway(family, found)

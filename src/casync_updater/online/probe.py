@@ -40,6 +40,9 @@ _FIRST_WAIT = 0.5
 _MARGIN = 0.1
 """Seconds after the limit in which what was tried may still say how it ended."""
 
+_OVERDUE = 0.5
+"""Seconds after the limit when a probe that has said nothing is ended."""
+
 _PER_FAMILY = 3
 """Addresses that are tried: a content network names dozens, all behind the same uplink."""
 
@@ -124,7 +127,7 @@ class RunningProbe:
     """
 
     def __init__(self, question: Question, now: float) -> None:
-        self.kill_at: float | None = now + question.limit + 2 * _MARGIN
+        self.kill_at: float | None = now + question.limit + _OVERDUE
         """When it has to be ended: the resolver hangs."""
         self._data = bytearray()
         self._fd, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -172,12 +175,10 @@ class RunningProbe:
         os.waitpid(self._pid, 0)
 
 
-def ask(question: Question, resolved: Callable[[tuple[str, ...]], object]) -> Outcome:
+def ask(question: Question) -> Outcome:
     """Probe a host, here and now; returns when it answered or the limit is over.
 
-    Args:
-        question: whom, and how.
-        resolved: is told the addresses as soon as they are known.
+    Only the resolver may take longer than that.
     """
     until = time.monotonic() + question.limit
     try:
@@ -188,7 +189,6 @@ def ask(question: Question, resolved: Callable[[tuple[str, ...]], object]) -> Ou
         return Outcome(Finding.NO_NAME_SERVICE if question.usable else Finding.NO_PATH)
     except ValueError:  # a name that no name server can be asked about
         return Outcome(Finding.UNKNOWN_NAME)
-    resolved(addresses)
     within_reach = tuple(address for address in addresses if path_to(address) is not None)
     if not within_reach:
         return Outcome(Finding.NO_PATH, addresses)
@@ -373,24 +373,19 @@ def _child(question: Question, writing: int) -> NoReturn:
         signal.setitimer(signal.ITIMER_REAL, question.limit + 1)
         os.set_blocking(writing, True)
         os.environ["RES_OPTIONS"] = f"{os.environ.get('RES_OPTIONS', '')} {_RESOLVER}".strip()
-
-        def tell(outcome: Outcome) -> None:
-            os.write(writing, json.dumps(asdict(outcome)).encode() + b"\n")
-
-        tell(ask(question, lambda addresses: tell(Outcome(Finding.SILENT, addresses))))
+        os.write(writing, json.dumps(asdict(ask(question))).encode())
         os._exit(0)
     except BaseException:
         os._exit(1)
 
 
 def _outcome(data: bytes, *, crashed: bool) -> Outcome:
-    """The last whole line that a probe wrote; one that wrote none was still resolving."""
+    """What a probe wrote; one that had to be ended before it wrote was still resolving."""
     if crashed:
         return Outcome(Finding.FAILED)
-    lines = data.split(b"\n")[:-1]
-    if not lines:
+    if not data:
         return Outcome(Finding.NO_NAME_SERVICE)
-    found = json.loads(lines[-1])
+    found = json.loads(data)
     return Outcome(
         Finding(found["finding"]),
         tuple(found["addresses"]),

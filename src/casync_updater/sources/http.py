@@ -42,7 +42,7 @@ from casync_updater.errors import (
 )
 from casync_updater.formats.store import SUFFIX, path_of
 from casync_updater.model import FetchSettings, FileRef, Location
-from casync_updater.sources.base import Document, Validators, first_verified
+from casync_updater.sources.base import Document, Validators, first_verified, shown
 
 _REDIRECTS = 5
 _FIRST_WAIT = 0.5
@@ -435,7 +435,11 @@ class HttpSource:
                 )
                 with contextlib.closing(_Answer(answer)) as whole:
                     response = whole.read(url, limit, self._count)
-            except (urllib3.exceptions.HTTPError, OSError, _TryAgainError) as error:
+            except _TryAgainError as error:
+                if not flight.ended:
+                    raise
+                raise self._failure(url, flight, error) from error
+            except (urllib3.exceptions.HTTPError, OSError) as error:
                 raise self._failure(url, flight, error) from error
             if flight.ended:
                 # A body that ends with its connection looks whole when it was cut.
@@ -452,8 +456,6 @@ class HttpSource:
             )
         if flight.ended:
             return _TryAgainError(f"{url}: the request was ended")
-        if isinstance(error, _TryAgainError):
-            return error
         kinds = urllib3.exceptions
         certificate = _certificate(error)
         if certificate is not None:
@@ -461,16 +463,14 @@ class HttpSource:
                 f"{url}: the server's certificate is not accepted: {certificate.verify_message}"
                 " (is this machine's clock right, and is ca_bundle in [fetch] the right one?)"
             )
-        if isinstance(error, kinds.ConnectTimeoutError) and not isinstance(
-            error, kinds.NewConnectionError
-        ):
-            how = f"no connection within {settings.connect_timeout:g} seconds"
-        elif isinstance(error, kinds.TimeoutError | TimeoutError):
-            how = f"the server sent nothing for {settings.read_timeout:g} seconds"
-        elif isinstance(error, kinds.ProxyError):
+        if isinstance(error, kinds.ProxyError):
             how = f"the proxy failed: {_reason(error)}"
         elif isinstance(error, kinds.NewConnectionError):
             how = f"cannot be reached: {_reason(error)}"
+        elif isinstance(error, kinds.ConnectTimeoutError):
+            how = f"no connection within {settings.connect_timeout:g} seconds"
+        elif isinstance(error, kinds.TimeoutError | TimeoutError):
+            how = f"the server sent nothing for {settings.read_timeout:g} seconds"
         else:
             how = f"the connection broke: {_reason(error)}"
         return _TryAgainError(f"{url}: {how}")
@@ -593,8 +593,7 @@ def _configured(address: str) -> _Url:
     try:
         return _Url.parse(address)
     except ValueError as error:
-        # The address may hold a password, and where it does is what is not known.
-        raise ConfigError(f"an address of an entry cannot be used: {error}") from None
+        raise ConfigError(f"{shown(address)}: {error}") from None
 
 
 def _logins(settings: FetchSettings) -> dict[str, str]:
