@@ -105,7 +105,7 @@ def test_life_of_the_package(
     with booted(release, repository, tmp_path) as device:
         machine = device.machine
         device.install("casync-updater")
-        assert device.active()
+        assert device.active(), device.journal()
         assert device.property("NRestarts") == "0"
         assert device.version() == casync_updater.__version__
         assert machine.run("man", "-w", "casync-updater", check=False).returncode in (0, 127)
@@ -139,14 +139,14 @@ def test_life_of_the_package(
             assert device.property("StatusText") != ""
 
             machine.run("systemctl", "restart", UNIT)
-            assert device.active()
+            assert device.active(), device.journal()
             assert device.property("MainPID") != main_pid
 
             (machine.root / "etc/casync-updater/casync-updater.conf").open("a").write("# mine\n")
             repository.publish(newer_packages)
             device.install("casync-updater")
             assert device.version() == NEWER
-            assert device.active()
+            assert device.active(), device.journal()
             assert "# mine" in machine.output("cat", "/etc/casync-updater/casync-updater.conf")
             project.publish("three")
             machine.wait(lambda: installed("three"), "an update by the newer package")
@@ -263,7 +263,7 @@ def test_an_old_installation_is_taken_over(
 
 
 def assert_new_service_runs(device: Device) -> None:
-    assert device.active()
+    assert device.active(), device.journal()
     assert "/usr/bin/casync-updater" in device.property("ExecStart")
     assert device.machine.output("systemctl", "is-enabled", UNIT) == "enabled"
 
