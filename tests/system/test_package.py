@@ -308,3 +308,15 @@ def test_lintian_has_nothing_to_say(packages: list[Path]) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_the_sandbox_has_no_new_holes() -> None:
+    """The exposure that systemd finds is what the unit's comment quotes (4.2), or less."""
+    unit = SOURCE / "debian/casync-updater.service"
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=42", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout.splitlines()[-1]
