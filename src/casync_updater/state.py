@@ -49,9 +49,17 @@ class PendingAction:
 
     id: str
     command: str
-    env: tuple[tuple[str, ...], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
     timeout: float | None = None
     state: ActionState = ActionState.WAITING
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A version that failed here and is not installed again."""
+
+    digest: str
+    serial: int | None
 
 
 class Intent(StrEnum):
@@ -73,7 +81,9 @@ class Journal:
         installed: what the state records when the new tree is in place.
         moves: preserved paths, relative to the destination, that move from old to new.
         actions: what is promised to run once the new tree is in place.
+        trial: a health check has to succeed afterwards.
         hold: the entry is held there afterwards (a rollback).
+        bad: what failed and is left by this exchange.
     """
 
     intent: Intent
@@ -83,7 +93,9 @@ class Journal:
     new: Identity | None = None
     moves: tuple[str, ...] = ()
     actions: tuple[PendingAction, ...] = ()
+    trial: bool = False
     hold: str | None = None
+    bad: tuple[Bad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +106,6 @@ class Kept:
     installed: Installed
     preserved: tuple[str, ...] = ()
     """Paths that were moved out of it, to be moved back by a rollback."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bad:
-    """A version that failed here and is not installed again."""
-
-    digest: str
-    serial: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,9 @@ class State:
     journal: Journal | None = None
     pending: tuple[PendingAction, ...] = ()
     answers: tuple[Answer, ...] = ()
+    trial: int | None = None
+    """How often the health check of the installed version was begun and cut off; None where
+    it has passed, or there is none."""
     bad: tuple[Bad, ...] = ()
     held: str | None = None
     """Why the entry stays where it is until `resume`."""

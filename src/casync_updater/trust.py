@@ -15,7 +15,7 @@ from casync_updater.formats.openpgp import ClearSigned, dearmor, key_expiry, spl
 from casync_updater.tools import gpgv
 from casync_updater.tools.gpgv import Verdict
 
-_KEYRING_LIMIT = 16 << 20
+_KEYRING_LIMIT = 1 << 20
 _SUFFIXES = frozenset({".gpg", ".asc"})
 _KEYBOX_MAGIC = b"KBXf"
 _CHECK = "signature"

@@ -15,7 +15,7 @@ import pytest
 
 from casync_updater.errors import ConfigError, LocalError
 from casync_updater.formats import index as index_format
-from casync_updater.model import FileRef, Publication, Release
+from casync_updater.model import FileRef, Mtimes, Publication, Release
 from casync_updater.release import format_release, parse_release
 from casync_updater.server import record
 from casync_updater.server.places import locked
@@ -598,3 +598,58 @@ def test_a_release_says_what_it_lists(bench: Bench) -> None:
     release = bench.publish().release
     assert isinstance(release.mtree, FileRef)
     assert format_release(release).encode() == bench.beside(".release").read_bytes()
+
+
+def touch_everything(tree: Path) -> None:
+    for path in (tree, *tree.rglob("*")):
+        os.utime(path, (START, START), follow_symlinks=False)
+
+
+@pytest.mark.parametrize("features", [None, ("2sec-time",), ("unix",), ("nsec-time", "acl")])
+def test_a_build_that_only_touches_files_publishes_nothing(
+    bench: Bench, features: tuple[str, ...] | None
+) -> None:
+    bench.publish(features=features)
+    before = bench.files()
+    touch_everything(bench.source)
+    times = snapshot(bench.source, mtimes=True)
+    assert bench.publish(features=features).status is Status.UNCHANGED
+    assert bench.files() == before
+    assert snapshot(bench.source, mtimes=True) == times
+    kept = bench.publish(features=features, mtimes=Mtimes.KEEP)
+    assert kept.status is Status.PUBLISHED
+
+
+def test_only_what_did_not_change_keeps_its_time(bench: Bench) -> None:
+    bench.publish()
+    before = snapshot(bench.source, mtimes=True)
+    bench.change(4)
+    touch_everything(bench.source)
+    (bench.source / "read-only").chmod(0o400)
+    bench.publish()
+    bench.check()
+    out = bench.site / "out"
+    bench.output("casync", "extract", f"--store={bench.store}", bench.index, out)
+    after = snapshot(out, mtimes=True)
+    assert snapshot(out) == snapshot(bench.source)
+    new = int(START)
+    for path, node in after.items():
+        same = path in before and replace(node, mtime=None) == replace(before[path], mtime=None)
+        if node.type == "dir" and node.mtime == new:
+            continue
+        assert node.mtime == (before[path].mtime if same else new), path
+    assert after[b"small/0000/file-000000"].mtime != after[b"read-only"].mtime == new
+    assert after[b"deep"].mtime == before[b"deep"].mtime
+    assert after[b"small/0000"].mtime == new
+
+
+def test_damaged_chunks_with_stable_times(bench: Bench) -> None:
+    bench.publish()
+    touch_everything(bench.source)
+    (bench.source / "new").write_text("so that something is published")
+    for chunk in list(bench.store.rglob("*.cacnk"))[::2]:
+        chunk.chmod(0o644)
+        chunk.write_bytes(b"")
+    bench.publish()
+    assert "damaged" in bench.listener.said[0]
+    bench.check()

@@ -15,14 +15,15 @@ class KeyMaker:
     so a machine whose clock is behind is one where keys come from far in the future.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, passphrase: str) -> None:
         self.home = home
+        self.passphrase = passphrase
 
     def gpg(self, *arguments: str | Path, at: str | None = None, stdin: bytes = b"") -> bytes:
         clock = () if at is None else ("--faked-system-time", f"{at}T000000!")
         argv = [
             *("gpg", "--homedir", str(self.home), "--batch", "--quiet", "--yes"),
-            *("--pinentry-mode", "loopback", "--passphrase", ""),
+            *("--pinentry-mode", "loopback", "--passphrase", self.passphrase),
             *("--trust-model", "always", "--ignore-time-conflict", "--ignore-valid-from"),
             *clock,
             *map(str, arguments),
@@ -75,7 +76,7 @@ class KeyMaker:
 
 
 @contextlib.contextmanager
-def key_maker() -> Iterator[KeyMaker]:
+def key_maker(*, passphrase: str = "") -> Iterator[KeyMaker]:
     """A key maker, whose agent ends with the block.
 
     Its home is directly below the system's temporary folder: the path of the agent's socket
@@ -83,7 +84,7 @@ def key_maker() -> Iterator[KeyMaker]:
     """
     home = Path(tempfile.mkdtemp(prefix="cu-keys-"))
     try:
-        yield KeyMaker(home)
+        yield KeyMaker(home, passphrase)
     finally:
         subprocess.run(
             ["gpgconf", "--homedir", str(home), "--kill", "all"], check=False, timeout=30

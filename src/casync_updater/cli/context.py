@@ -4,14 +4,12 @@ import argparse
 import logging
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from casync_updater import logs
+from casync_updater.cli.places import cache_dir, state_dir
 from casync_updater.clock import SystemClock
-from casync_updater.config.entries import load_entries
-from casync_updater.config.settings import load_settings, settings_files
+from casync_updater.config.configuration import Configuration, load_configuration
 from casync_updater.cycle.cycle import Surroundings
 from casync_updater.cycle.stop import Stop
 from casync_updater.errors import ConfigError
@@ -21,44 +19,10 @@ from casync_updater.tools.actions import action_runner
 
 LOG = logging.getLogger("casync_updater")
 
-_STATE = Path("/var/lib/casync-updater")
-_CACHE = Path("/var/cache/casync-updater")
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """Everything that the configuration files say."""
-
-    entries: tuple[Entry, ...]
-    settings: Settings
-    problems: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def state_dir(arguments: argparse.Namespace) -> Path:
-    """Where the state is kept."""
-    return Path(arguments.state_dir or _STATE).absolute()
-
-
-def cache_dir(arguments: argparse.Namespace) -> Path:
-    """Where chunks wait: below the state where only that was named."""
-    if arguments.cache_dir is not None:
-        return Path(arguments.cache_dir).absolute()
-    return _CACHE if arguments.state_dir is None else state_dir(arguments) / "cache"
-
 
 def configuration(arguments: argparse.Namespace) -> Configuration:
     """Read the configuration; nothing is raised, every problem is in the result."""
-    path: Path = arguments.config
-    entries = load_entries(path)
-    files = settings_files(path, arguments.settings)
-    settings = load_settings(files.file, files.dropins)
-    return Configuration(
-        entries.entries,
-        settings.settings,
-        (*entries.problems, *settings.problems),
-        (*entries.warnings, *settings.warnings),
-    )
+    return load_configuration(arguments.config, arguments.settings)
 
 
 def chosen(

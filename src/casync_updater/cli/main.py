@@ -1,16 +1,28 @@
 """The client's commands, and the one place that turns errors into messages and exit codes."""
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from casync_updater import __version__, logs
-from casync_updater.cli import check, recover, resume, rollback, status, update, validate, verify
 from casync_updater.errors import UpdaterError
 
-_COMMANDS = (update, check, status, validate, rollback, resume, verify, recover)
+COMMANDS = (
+    "run",
+    "update",
+    "check",
+    "status",
+    "validate",
+    "rollback",
+    "resume",
+    "verify",
+    "recover",
+    "startup",
+)
+"""Each is the name of a module beside this one."""
 
 EPILOG = """\
 exit codes: 0 done or nothing to do; 1 something failed; 2 wrong usage or configuration;
@@ -27,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = _parser().parse_args(argv)
+    options = _options()
+    _, rest = options.parse_known_args(argv)
+    # Only the chosen command is imported: the daemon does without what a cycle needs.
+    chosen = rest[:1] if rest and rest[0] in COMMANDS else COMMANDS
+    arguments = _parser(options, chosen).parse_args(argv)
     logs.configure(sys.stderr, os.environ, verbose=arguments.verbose)
     try:
         code: int = arguments.run(arguments)
@@ -46,15 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(options: argparse.ArgumentParser, names: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="casync-updater",
         description="Keeps directories equal to a published casync archive.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        parents=[options],
     )
     parser.add_argument("--version", action="version", version=f"casync-updater {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in names:
+        importlib.import_module(f"casync_updater.cli.{name}").add_parser(commands)
+    return parser
+
+
+def _options() -> argparse.ArgumentParser:
+    """The options before the command."""
+    parser = argparse.ArgumentParser(prog="casync-updater", add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--config",
         metavar="PATH",
@@ -78,7 +104,4 @@ def _parser() -> argparse.ArgumentParser:
         help="chunks on their way (default: /var/cache/casync-updater, or below --state-dir)",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands)
     return parser

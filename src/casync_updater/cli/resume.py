@@ -3,7 +3,8 @@
 import argparse
 from dataclasses import replace
 
-from casync_updater.cli.context import chosen, state_dir
+from casync_updater.cli.context import chosen
+from casync_updater.cli.places import state_dir
 from casync_updater.cli.single import add_name_parser
 from casync_updater.state import StateFolder
 

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from casync_updater import __version__
-from casync_updater.cli.context import chosen, state_dir
+from casync_updater.cli.context import chosen
+from casync_updater.cli.places import state_dir
 from casync_updater.cycle.staging import survey
 from casync_updater.errors import LocalError
+from casync_updater.live import read_live
 from casync_updater.model import Entry, Installed
 from casync_updater.state import State, StateFolder
 
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Show every entry."""
     _, entries = chosen(arguments, ())
     root = state_dir(arguments)
-    live = _live(root)
+    live = read_live(root)
     found = [
         _entry(entry, StateFolder(root, entry).peek(), live.get("entries", {}).get(entry.name, {}))
         for entry in entries
@@ -38,15 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
         for item in found:
             _show(item)
     return 0
-
-
-def _live(root: Path) -> dict[str, Any]:
-    """What the running daemon says about itself; nothing where none runs."""
-    try:
-        document = json.loads((root / "daemon.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _entry(entry: Entry, state: State, live: dict[str, Any]) -> dict[str, object]:

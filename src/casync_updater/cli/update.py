@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
@@ -60,10 +61,18 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
     else:
         monitor = monitor_for(entry.name, quiet=arguments.json)
     folder = StateFolder(outside.state_dir, entry)
+    if os.environ.get("CASYNC_UPDATER_ENTRY") == entry.name:
+        # An action of this very entry's cycle asks: waiting for the lock would never end.
+        folder.queued.touch()
+        return CycleEnd(Outcome.CURRENT, 0, "queued: one more cycle follows this one")
     try:
         with folder.locked(reason.value, wait=0.0 if reporting else _FOREVER) as lock:
-            cycle = Cycle(entry, outside, monitor, lock, entry_log(entry, reason))
-            end = cycle.run(reason, accept_legacy=arguments.accept_legacy)
+            while True:
+                folder.queued.unlink(missing_ok=True)
+                cycle = Cycle(entry, outside, monitor, lock, entry_log(entry, reason))
+                end = cycle.run(reason, accept_legacy=arguments.accept_legacy)
+                if not folder.queued.exists() or end.outcome is Outcome.STOPPED:
+                    break
     except BusyError as error:
         end = CycleEnd(Outcome.BUSY, error.exit_code, str(error))
     except StoppedError as error:

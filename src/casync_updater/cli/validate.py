@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from casync_updater.cli.context import configuration, state_dir
+from casync_updater.cli.context import configuration
+from casync_updater.cli.places import state_dir
 from casync_updater.cycle.staging import survey
 from casync_updater.errors import ConfigError, LocalError
 from casync_updater.state import StateFolder

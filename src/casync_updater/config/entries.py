@@ -4,7 +4,6 @@ A file holds one entry or an array of entries, in the JSON that the old client r
 used only if nothing in it is wrong; every other entry is used whatever is wrong with this one.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -21,6 +20,9 @@ from casync_updater.config.problems import (
     Problems,
     Reader,
     below,
+    is_folder,
+    is_readable_file,
+    is_there,
     line,
     number,
     one_of,
@@ -149,7 +151,7 @@ def entry_names(wanted: Sequence[tuple[str | None, Path | None]]) -> list[str | 
 
 
 def _entry_files(path: Path, problems: Problems) -> list[Path]:
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     try:
         found = document.files(path, ".json")
@@ -261,7 +263,7 @@ def _trigger(reader: Reader) -> Trigger:
 def _keyrings(reader: Reader, file: Path) -> tuple[Path, ...]:
     def keyring(value: object) -> Path:
         found = file.absolute().parent / path(value)
-        if not found.is_file() or not os.access(found, os.R_OK):
+        if not is_readable_file(found):
             raise BadValueError(f"is {shown(value)}, and {found} is no file that can be read")
         return found
 
@@ -289,9 +291,9 @@ def _check_destination(
     backup: Location | None,
     preserve: Sequence[str],
 ) -> None:
-    if source.suffix == ".caidx" and destination.exists() and not destination.is_dir():
+    if source.suffix == ".caidx" and is_there(destination) and not is_folder(destination):
         reader.error("dstPath", f"{destination} is no folder, and a .caidx index holds a folder")
-    if source.suffix == ".caibx" and destination.is_dir():
+    if source.suffix == ".caibx" and is_folder(destination):
         reader.error("dstPath", f"{destination} is a folder, and a .caibx index holds a file")
     safe = [resolved(destination / name) for name in preserve]
     places = {
@@ -314,7 +316,7 @@ def _check_names(
     drafts: Sequence[_Draft], names: Sequence[str | None], problems: Problems
 ) -> set[int]:
     """Report equal names; the numbers of the entries that cannot be used."""
-    clashing = set()
+    clashing: set[int] = set()
     first: dict[str, int] = {}
     for position, (draft, name) in enumerate(zip(drafts, names, strict=True)):
         if name is None:
@@ -324,7 +326,7 @@ def _check_names(
         if other is not draft and (other.name or draft.name):
             what = f"{name!r} is also the name of {other.title}; give each its own"
             problems.error(*draft.where, "name", what)
-            clashing |= {position, first[name]}
+            clashing |= _stopped(drafts, position, first[name])
     return clashing
 
 
@@ -334,7 +336,7 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
     One inside another is refused even where it lies in a preserved path: that path is out of
     place for a moment whenever the outer destination is exchanged.
     """
-    clashing = set()
+    clashing: set[int] = set()
     owners: dict[Path, int] = {}
     spellings: dict[int, set[Path]] = {
         position: {draft.destination, resolved(draft.destination)}
@@ -350,7 +352,7 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
                 f"{drafts[position].destination} is also the destination of {drafts[other].title};"
                 " each destination belongs to one entry",
             )
-            clashing |= {position, other}
+            clashing |= _stopped(drafts, position, other)
         for place in paths:
             owners.setdefault(place, position)
     for position, paths in spellings.items():
@@ -362,8 +364,13 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
                 f"{drafts[position].destination} lies inside {drafts[other].destination}, the"
                 f" destination of {drafts[other].title}; choose folders apart from each other",
             )
-            clashing |= {position, other}
+            clashing |= _stopped(drafts, position, other)
     return clashing
+
+
+def _stopped(drafts: Sequence[_Draft], one: int, other: int) -> set[int]:
+    """Whom a conflict stops: both, unless one is broken anyway and must not stop the other."""
+    return {one, other} if drafts[one].entry and drafts[other].entry else set()
 
 
 def _warn_of_shared_projects(entries: Sequence[Entry], problems: Problems) -> None:
@@ -412,6 +419,9 @@ def _default_name(destination: Path, depth: int) -> str:
     name = name.lstrip(".-")[-80:].lstrip(".-")
     if name and depth <= _levels(destination):
         return name
+    # Takes 3.5 MB (OpenSSL), which the idle daemon can do without.
+    import hashlib  # noqa: PLC0415
+
     digest = hashlib.sha256(os.fsencode(destination)).hexdigest()[:8]
     return f"{name or 'entry'}-{digest}"
 

@@ -7,6 +7,8 @@ wrong and what to do; a `Reader` knows where the value stands, writes the line a
 import difflib
 import json
 import math
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -209,7 +211,9 @@ def one_of(*choices: str) -> Callable[[object], str]:
 
     def parse(value: object) -> str:
         if value not in choices:
-            raise BadValueError(f"is {shown(value)}; it can be {' or '.join(map(repr, choices))}")
+            raise BadValueError(
+                f"is {shown(value)}; it can be {' or '.join(repr(str(each)) for each in choices)}"
+            )
         return str(value)
 
     return parse
@@ -297,6 +301,28 @@ def resolved(found: Path) -> Path:
         return found.resolve()
     except (OSError, RuntimeError):  # a loop of links, a folder that may not be searched
         return found
+
+
+def is_folder(found: Path) -> bool:
+    """Whether it is a folder. `Path.is_dir` raises where a parent may not be searched."""
+    return stat.S_ISDIR(_mode(found))
+
+
+def is_readable_file(found: Path) -> bool:
+    """Whether it is a regular file that this process can read."""
+    return stat.S_ISREG(_mode(found)) and os.access(found, os.R_OK)
+
+
+def is_there(found: Path) -> bool:
+    """Whether anything has this path, as far as this process can see."""
+    return _mode(found) != 0
+
+
+def _mode(found: Path) -> int:
+    try:
+        return found.stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def _plain(word: str) -> str:

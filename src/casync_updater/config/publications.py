@@ -16,6 +16,9 @@ from casync_updater.config.problems import (
     Loaded,
     Problems,
     Reader,
+    is_folder,
+    is_readable_file,
+    is_there,
     kind,
     line,
     number,
@@ -148,7 +151,7 @@ def _source(value: object) -> Path:
 
 def _check_kind(reader: Reader, index: Path, source: Path) -> None:
     suffix, what = (
-        (".caidx", "a folder") if source.is_dir() else (".caibx", "a file or block device")
+        (".caidx", "a folder") if is_folder(source) else (".caibx", "a file or block device")
     )
     if index.suffix != suffix:
         reader.error(
@@ -161,9 +164,9 @@ def _check_places(reader: Reader, index: Path, store: Path, source: Path) -> Non
     for key, place in (("index", index), ("store", store)):
         if resolved(place).is_relative_to(resolved(source)):
             reader.error(key, f"{place} lies in the source {source}; put it beside the source")
-    if index.is_dir():
+    if is_folder(index):
         reader.error("index", f"{index} is a folder; name the file in it")
-    if store.exists() and not store.is_dir():
+    if is_there(store) and not is_folder(store):
         reader.error("store", f"{store} is no folder; choose another name")
 
 
@@ -221,7 +224,7 @@ def _sign_key(value: object) -> str:
     if key_id:
         return key_id[1].upper()
     file = path(found).absolute()
-    if not file.is_file() or not os.access(file, os.R_OK):
+    if not is_readable_file(file):
         raise BadValueError(
             f"is {shown(found)}, which is no file that can be read, and no fingerprint"
             " (40 hex digits) or long key id (16)"
@@ -272,11 +275,8 @@ def _changes(reader: Reader, value: str | None) -> Path | str | None:
     """A value that names a file is that file; all others are the text."""
     if value is None:
         return None
-    try:
-        if Path(value).is_file():
-            return Path(value).absolute()
-    except OSError:  # a text is longer than a file's name may be
-        return value
+    if is_readable_file(Path(value)):
+        return Path(value).absolute()
     if "/" in value and not any(map(str.isspace, value)):
         reader.warn("changes", f"{shown(value)} is no file, and is published as text")
     return value

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from casync_updater.config import document
-from casync_updater.config.problems import BadValueError, Problems, nearly, path, shorten, shown
+from casync_updater.config.problems import (
+    BadValueError,
+    Problems,
+    is_folder,
+    is_readable_file,
+    nearly,
+    path,
+    shorten,
+    shown,
+)
 from casync_updater.model import Settings
 
 FILE_NAME = "casync-updater.conf"
@@ -134,12 +143,12 @@ def settings_files(path: Path, chosen: Path | None = None) -> SettingsFiles:
         The file, and the drop-ins ``*.conf`` in the folder called like it with ``.d`` behind.
         A chosen file is returned whether it exists or not, so that loading it reports it.
     """
-    if chosen is None and not path.is_dir():
+    if chosen is None and not is_folder(path):
         return SettingsFiles(None, ())
     file = chosen or path / FILE_NAME
     folder = file.with_name(f"{file.name}.d")
     try:
-        dropins = tuple(document.files(folder, ".conf")) if folder.is_dir() else ()
+        dropins = tuple(document.files(folder, ".conf")) if is_folder(folder) else ()
     except BadValueError:
         dropins = (folder,)  # reading it as a file reports why that does not work
     return SettingsFiles(file if chosen or os.path.lexists(file) else None, dropins)
@@ -251,7 +260,7 @@ def _read(file: Path, problems: Problems) -> dict[tuple[str, str], object]:
         known.setdefault(section, {})[name] = value
     checked = ConfigObj(known, configspec=configspec(), interpolation=False, list_values=False)
     result = checked.validate(
-        Validator({name: check(parse) for name, parse in _CHECKS.items()}), preserve_errors=True
+        Validator({name: check(parse) for name, parse in CHECKS.items()}), preserve_errors=True
     )
     values: dict[tuple[str, str], object] = {
         (section, name): checked[section][name] for section in known for name in known[section]
@@ -382,7 +391,7 @@ def _path(value: object) -> Path:
 
 def _folder(value: object) -> Path:
     found = _path(value)
-    if not found.is_dir():
+    if not is_folder(found):
         raise BadValueError(f"is {shown(value)}, which is no folder")
     return found
 
@@ -391,12 +400,12 @@ def _file(value: object) -> Path | None:
     if value == "":
         return None
     found = _path(value)
-    if not found.is_file() or not os.access(found, os.R_OK):
+    if not is_readable_file(found):
         raise BadValueError(f"is {shown(value)}, which is no file that can be read")
     return found
 
 
-_CHECKS: Mapping[str, Callable[..., object]] = {
+CHECKS: Mapping[str, Callable[..., object]] = {
     "flag": _flag,
     "seconds": _seconds,
     "whole": _whole,

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from casync_updater.cycle.stop import StoppedError
 from casync_updater.errors import LocalError
@@ -107,7 +106,7 @@ class Actor:
         folder: StateFolder,
         *,
         runner: ActionRunner,
-        directory: Path,
+        settings: ActionSettings,
         waiting: Callable[[], None],
         log: Log,
     ) -> None:
@@ -117,14 +116,15 @@ class Actor:
             entry: whose actions they are.
             folder: where the state is saved.
             runner: starts and collects.
-            directory: the folder that commands run in.
+            settings: the folder that commands run in, and how long they may take.
             waiting: called again and again while an action runs.
             log: takes what happens.
         """
         self._entry = entry
         self._folder = folder
         self._runner = runner
-        self._directory = directory
+        self._directory = settings.directory
+        self._timeout = settings.timeout
         self._waiting = waiting
         self._log = log
 
@@ -152,6 +152,40 @@ class Actor:
             listing.unlink()
         return Acted(tuple(commands), tuple(failures)), state
 
+    def examine(self, commands: Iterable[str], attempt: str) -> str | None:
+        """Run health checks, one after the other.
+
+        Args:
+            commands: each must succeed.
+            attempt: tells this try apart from those that a reboot cut off.
+
+        Returns:
+            What failed, in words; None where all succeeded.
+
+        Raises:
+            StoppedError: the updater was told to stop.
+        """
+        for number, command in enumerate(commands):
+            self._log.info("running health check %r", command)
+            action = Action(
+                action_id(self._entry.name, "health", attempt, str(number)),
+                self._entry.name,
+                command,
+                self._directory,
+                self._timeout,
+                {"CASYNC_UPDATER_ENTRY": self._entry.name},
+            )
+            try:
+                handle = self._runner.start(action)
+            except LocalError as error:
+                return str(error)
+            while (result := self._runner.collect(handle, _PATIENCE)) is None:
+                self._waiting()
+            self._runner.forget(handle)
+            if not result.ok:
+                return f"health check {command!r} {result}"
+        return None
+
     def _finish(self, state: State) -> tuple[State, ActionResult | None]:
         """Bring the first pending action to its end; None where it never had a result."""
         pending = state.pending[0]
@@ -172,7 +206,7 @@ class Actor:
                     pending.command,
                     self._directory,
                     pending.timeout,
-                    dict((name, value) for name, value in pending.env),
+                    dict(pending.env),
                 )
             )
         except LocalError as error:

@@ -33,7 +33,7 @@ from casync_updater.release import (
     order,
     parse_release,
 )
-from casync_updater.sources.base import Source, Validators
+from casync_updater.sources.base import Source, Validators, shown
 from casync_updater.state import Answer, State, accepted
 
 INDEX_LIMIT = 256 << 20
@@ -109,7 +109,7 @@ class Checker:
                 "signature",
                 expected="a signed release",
                 found="a source without a release",
-                where=source.location.index,
+                where=shown(source.location.index),
             )
         return self._ask_legacy(origin, source)
 
@@ -267,7 +267,7 @@ def load(candidate: Candidate, *, repair: bool = False) -> Offer:
         document = source.document("", limit=INDEX_LIMIT)
         assert document is not None
         data = document.body
-    index = index_format.parse(data, source.location.index)
+    index = index_format.parse(data, shown(source.location.index))
     if release is not None and index.size != release.archive_size:
         raise ContentError(
             f"{candidate.where}: Archive-Size is {release.archive_size}, but the index describes"

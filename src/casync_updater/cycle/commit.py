@@ -88,6 +88,7 @@ def commit(
                     new=identity(site.new),
                     moves=moves(site, entry),
                     actions=actions,
+                    trial=bool(entry.health_check),
                 ),
             )
         else:
@@ -141,7 +142,7 @@ def complete(site: Site, state: State) -> State:
     old = state.installed
     previous = state.previous
     if identity(site.new) is not None:
-        if old is not None and site.new.exists():
+        if old is not None and old.digest != journal.installed.digest:
             kept = site.previous(old)
             if identity(kept) is not None:
                 remove(kept)
@@ -152,8 +153,8 @@ def complete(site: Site, state: State) -> State:
                 *(other for other in previous if other.folder != kept.name),
             )
         elif journal.old is not None and not _holds_preserved(site.new, journal.moves):
-            # What stood there was never one of ours: the first install of an entry, or a tree
-            # that somebody put there. It is no version to go back to.
+            # What stood there is no version to go back to: a tree that somebody put there, or
+            # one that drifted from the version that was just repaired.
             remove(site.new)
     return replace(_recorded(state, identity(site.destination)), previous=previous)
 
@@ -170,6 +171,8 @@ def _recorded(state: State, root: Identity | None) -> State:
         installed=replace(journal.installed, root=root),
         journal=None,
         pending=(*state.pending, *journal.actions),
+        trial=0 if journal.trial else None,
+        bad=(*state.bad, *journal.bad),
         held=journal.hold,
         refused=None,
         last_error=None,

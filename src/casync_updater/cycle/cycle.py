@@ -50,7 +50,7 @@ from casync_updater.model import (
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
-from casync_updater.state import Intent, Journal, Kept, Refusal, State, StateFolder
+from casync_updater.state import Bad, Intent, Journal, Kept, Refusal, State, StateFolder
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
 
@@ -144,9 +144,10 @@ class Cycle:
                 stack.callback(self._close)
                 site = self.recover()
                 self._act()
+                self._prove(site)
                 end = self._cycle(site, reason, accept_legacy)
         except StoppedError as error:
-            return CycleEnd(Outcome.STOPPED, 0, str(error))
+            return CycleEnd(Outcome.STOPPED, 1, str(error))
         except UpdaterError as error:
             return self._failed(error)
         except OSError as error:
@@ -235,20 +236,30 @@ class Cycle:
         self._state = self._folder.load()
         site = self.recover()
         self._act()
-        installed = self._state.installed
-        older = [
-            kept
-            for kept in self._state.previous
-            if installed is None or kept.installed.since < installed.since
-        ]
+        older = self._older_versions()
         if not older or site.apply is Apply.IN_PLACE:
             raise LocalError(
                 f"{self._entry.name}: no previous version is kept"
                 + (f": {site.destination} is updated in place ({site.why})" if site.why else "")
             )
-        return self._go_back(site, older[0])
+        name = older[0].installed.version or older[0].installed.digest[:12]
+        return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
-    def _go_back(self, site: Site, kept: Kept) -> CycleEnd:
+    def _older_versions(self) -> list[Kept]:
+        current = self._state.installed
+        return [
+            kept
+            for kept in self._state.previous
+            if current is None or kept.installed.since < current.since
+        ]
+
+    def _go_back(
+        self, site: Site, kept: Kept, *, hold: str | None, bad: tuple[Bad, ...]
+    ) -> CycleEnd:
+        """Exchange the destination with a kept version, after looking at every byte of it.
+
+        Hard links may have been written through, and a disk may have lost something.
+        """
         current = self._state.installed
         tree = site.staging / kept.folder
         first = next(iter(self._tree_differences(tree, kept.installed)), None)
@@ -283,7 +294,8 @@ class Cycle:
                     folder=self._folder,
                     settings=self._settings.actions,
                 ),
-                hold=f"rolled back to {installed.version or installed.digest[:12]}",
+                hold=hold,
+                bad=bad,
             )
             self._state = commit.exchange(site, self._state, self._folder, journal)
             self._folder.save(self._state)
@@ -293,7 +305,7 @@ class Cycle:
         return CycleEnd(
             Outcome.UPDATED,
             0,
-            self._state.held or "",
+            hold or "",
             serial=installed.serial,
             version=installed.version,
             actions=commands,
@@ -329,6 +341,7 @@ class Cycle:
             self._log.warning("%s: updating in place, which is not atomic", error)
             commands = self._install(site, offer, reason)
         self._note(checked)
+        self._prove(site)
         self._mirror(site, offer.candidate)
         self._prune(site)
         return self._end(
@@ -541,18 +554,58 @@ class Cycle:
         if not self._state.pending:
             return ()
         self._monitor.step(Step.ACT, version)
-        actor = Actor(
-            self._entry,
-            self._folder,
-            runner=self._outside.runner,
-            directory=self._settings.actions.directory,
-            waiting=lambda: self._monitor.progress(Progress(0)),
-            log=self._log,
-        )
-        acted, self._state = actor.act(self._state)
+        acted, self._state = self._actor().act(self._state)
         if acted.failures:
             self._state = replace(self._state, last_error="; ".join(acted.failures))
         return acted.commands
+
+    def _actor(self) -> Actor:
+        return Actor(
+            self._entry,
+            self._folder,
+            runner=self._outside.runner,
+            settings=self._settings.actions,
+            waiting=lambda: self._monitor.progress(Progress(0)),
+            log=self._log,
+        )
+
+    def _prove(self, site: Site) -> None:
+        """Let the health check decide whether a new version stays.
+
+        Raises:
+            LocalError: it failed; the version before is back where there is one.
+        """
+        trial, installed = self._state.trial, self._state.installed
+        if trial is None or installed is None:
+            return
+        if trial < _TRIALS:
+            self._state = replace(self._state, trial=trial + 1)
+            self._folder.save(self._state)
+            try:
+                failure = self._actor().examine(
+                    self._entry.health_check, f"{installed.since:.0f}-{trial}"
+                )
+            except StoppedError:
+                # An orderly stop is not the version's fault.
+                self._state = replace(self._state, trial=trial)
+                self._folder.save(self._state)
+                raise
+        else:
+            failure = f"its health check was cut off {trial} times"
+        self._state = replace(self._state, trial=None)
+        if failure is None:
+            self._folder.save(self._state)
+            return
+        name = installed.version or installed.digest[:12]
+        self._log.error("%s: %s", name, failure)
+        bad = Bad(installed.digest, installed.serial)
+        older = self._older_versions()
+        if not older:
+            self._state = replace(self._state, bad=(*self._state.bad, bad))
+            self._folder.save(self._state)
+            raise LocalError(f"{name}: {failure}; there is no version to go back to")
+        end = self._go_back(site, older[0], hold=None, bad=(bad,))
+        raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
     def _mirror(self, site: Site, candidate: Candidate) -> None:
         """Refresh the backup drive; a failure there does not fail the update."""
@@ -678,6 +731,9 @@ class Cycle:
             source=candidate.origin,
         )
 
+
+_TRIALS = 2
+"""How often a health check may be cut off by a reboot before that counts as failed."""
 
 _MTREE_CARRIES = frozenset(
     {

@@ -9,7 +9,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from casync_updater.errors import ContentError
@@ -22,6 +22,7 @@ _SIGNATURE_LIMIT = 64 << 10
 
 _SIGNED = b"-----BEGIN PGP SIGNED MESSAGE-----"
 _BEGIN = b"-----BEGIN PGP SIGNATURE-----"
+_END = b"-----END PGP SIGNATURE-----"
 _MARKER = re.compile(rb"^[ \t]*-----(BEGIN|END) PGP ", re.MULTILINE)
 _HASH_HEADER = re.compile(rb"Hash: [A-Za-z0-9,-]+")
 _ARMOR_HEADER = re.compile(rb"(Version|Comment|MessageID|Hash|Charset): [^\x00-\x1f\x7f]*")
@@ -79,6 +80,24 @@ def split_clearsigned(body: bytes) -> ClearSigned | None:
         raise ContentError("its signature holds something else than signatures")
     text = b"".join(_unescaped(line) + b"\n" for line in lines[blank + 1 : begin])
     return ClearSigned(text, packets)
+
+
+def join_clearsigned(messages: Sequence[bytes]) -> bytes:
+    """Make one message with all signatures of several messages that have the same text.
+
+    Raises:
+        ContentError: one of them is no clear-signed message, or they differ in more than their
+            signatures.
+    """
+    parts = [split_clearsigned(message) for message in messages]
+    signatures = b"".join(part.signature for part in parts if part is not None)
+    heads = {message.partition(b"\n" + _BEGIN)[0] for message in messages}
+    if None in parts or len(heads) != 1:
+        raise ContentError("the signatures are not all for one text")
+    encoded = base64.b64encode(signatures)
+    lines = [encoded[at : at + 64] for at in range(0, len(encoded), 64)]
+    checksum = b"=" + base64.b64encode(_crc24(signatures))
+    return b"\n".join([heads.pop(), _BEGIN, b"", *lines, checksum, _END, b""])
 
 
 def dearmor(text: bytes, kind: str) -> bytes:

@@ -152,17 +152,22 @@ def read_regular(
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise ContentError(f"{where} is no regular file") from error
         raise
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             raise ContentError(f"{where} is no regular file")
         if state.st_size > limit:
             raise ContentError(f"{where} has {state.st_size} bytes, at most {limit} are expected")
-        # It may be shorter by now; what it grew to is not wanted.
+        # It may be shorter by now; what it grew by is not wanted.
         data = bytearray()
-        while len(data) < state.st_size and (piece := file.read(state.st_size - len(data))):
+        while left := state.st_size - len(data):
+            piece = os.read(descriptor, left)
+            if not piece:
+                break
             data += piece
-        return bytes(data), state
+    finally:
+        os.close(descriptor)
+    return bytes(data), state
 
 
 class LocalStore:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
@@ -15,6 +15,7 @@ from casync_updater.formats import index as index_format
 from casync_updater.formats.index import Index
 from casync_updater.model import FileRef, Publication
 from casync_updater.server.places import OWN, Store, make_folder
+from casync_updater.server.times import SourceChangedError, retimed, stable_times
 from casync_updater.tools import casync
 from casync_updater.tools.process import ProgramError
 
@@ -132,6 +133,61 @@ def _device_size(path: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes the index of one source, as often as it is asked to.
+
+    Attributes:
+        source: the directory, file or block device.
+        how: the index's features and chunk bounds.
+        compression: how chunks are compressed.
+        previous: the mtree whose times stay where nothing else changed, None to keep the
+            source's own times.
+    """
+
+    source: Path
+    how: Recipe
+    compression: str
+    previous: Path | None
+
+    def make(self, staged: Path, store: Path, activity: Callable[[], object] | None = None) -> str:
+        """Write the index and the chunks that the store lacks; see `casync.make`."""
+        times = {}
+        if self.previous is not None:
+            times = stable_times(self.previous, self.source, self.how.flags)
+        if not times:
+            return self._casync(staged, self.source, store, activity)
+        # casync makes the same index of an archive's stream in a file as of the tree itself.
+        archive = staged.with_name("archive")
+        blob = staged.with_name("archive.caibx")
+        try:
+            with (
+                casync.stream_archive(self.source, flags=self.how.flags) as pieces,
+                archive.open("wb") as file,
+            ):
+                file.writelines(retimed(pieces, times, self.how.flags))
+            digest = self._casync(blob, archive, store, activity)
+        except SourceChangedError:
+            return self._casync(staged, self.source, store, activity)
+        finally:
+            archive.unlink(missing_ok=True)
+        blob.replace(staged)
+        return digest
+
+    def _casync(
+        self, index: Path, content: Path, store: Path, activity: Callable[[], object] | None
+    ) -> str:
+        return casync.make(
+            index,
+            content,
+            store=store,
+            flags=self.how.flags,
+            chunk_size=self.how.chunk_size,
+            compression=self.compression,
+            activity=activity,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """A staged index whose chunks are in the store."""
 
@@ -139,24 +195,28 @@ class Built:
     index: Index
     ref: FileRef
     digest: str
+    maker: Maker
 
     def chunk_ids(self) -> set[str]:
         """The chunks of the archive, each once."""
         return {chunk.hex for chunk in self.index}
 
 
-def build(
-    publication: Publication, how: Recipe, staging: Path, store: Store, reporter: Reporter
-) -> Built:
+def build(maker: Maker, staged: Path, store: Store, reporter: Reporter) -> Built:
     """Read the source into the store.
 
     A source that changes meanwhile is read a second time, and then taken as it was read.
 
+    Args:
+        maker: what is read, and how.
+        staged: the index to write, in a folder of its own.
+        store: where the chunks go.
+        reporter: who is told.
+
     Raises:
         LocalError: casync cannot read the source or write to the store.
     """
-    staged = staging / publication.index.name
-    source = publication.source.resolve()
+    source = maker.source
     seen = survey(source)
     for attempt in (1, 2):
         before = seen
@@ -168,15 +228,7 @@ def build(
             return done
 
         try:
-            digest = casync.make(
-                staged,
-                source,
-                store=store.path,
-                flags=how.flags,
-                chunk_size=how.chunk_size,
-                compression=publication.compression,
-                activity=activity,
-            )
+            digest = maker.make(staged, store.path, activity)
         except ProgramError as error:
             if before.unreadable is not None and "Permission denied" in error.stderr:
                 raise LocalError(f"{before.unreadable} cannot be read: no permission") from error
@@ -192,8 +244,13 @@ def build(
         )
     data = staged.read_bytes()
     parsed = index_format.parse(data, str(staged))
+    if parsed.flags != maker.how.flags:
+        raise LocalError(
+            f"casync made an index with the features {' '.join(parsed.features)}, which are not"
+            " those that it was told"
+        )
     ref = FileRef(staged.name, len(data), hashlib.sha256(data).hexdigest())
-    return Built(staged, parsed, ref, digest)
+    return Built(staged, parsed, ref, digest, maker)
 
 
 def _indexed(staged: Path) -> int | None:
@@ -210,9 +267,7 @@ def _indexed(staged: Path) -> int | None:
         return None
 
 
-def read_back(
-    publication: Publication, how: Recipe, built: Built, store: Store, reporter: Reporter
-) -> FileRef | None:
+def read_back(built: Built, store: Store, reporter: Reporter) -> FileRef | None:
     """Read every chunk from the store again; a damaged one is replaced from the source.
 
     A power cut in the middle of an earlier publication leaves chunks that are empty or torn,
@@ -221,12 +276,12 @@ def read_back(
     Returns:
         The staged mtree, None where the index is of a file or device.
     """
-    reading = _mtree if publication.is_archive else _check
+    reading = _mtree if built.path.suffix == ".caidx" else _check
     try:
         return reading(built, store.path)
     except ProgramError as error:
         reporter.say(f"{store.path} has damaged chunks, replacing them ({error})")
-        _replace_chunks(publication, how, built, store)
+        _replace_chunks(built, store)
         return reading(built, store.path)
 
 
@@ -251,7 +306,7 @@ def _check(built: Built, store: Path) -> FileRef | None:
     return None
 
 
-def _replace_chunks(publication: Publication, how: Recipe, built: Built, store: Store) -> None:
+def _replace_chunks(built: Built, store: Store) -> None:
     """Make all chunks again elsewhere; those that differ take the places of the damaged ones.
 
     Chunks of one id have one content, so replacing one is always right.
@@ -260,14 +315,7 @@ def _replace_chunks(publication: Publication, how: Recipe, built: Built, store: 
     shutil.rmtree(fresh.path, ignore_errors=True)
     try:
         make_folder(fresh.path)
-        casync.make(
-            built.path.with_name(f"again{built.path.suffix}"),
-            publication.source.resolve(),
-            store=fresh.path,
-            flags=how.flags,
-            chunk_size=built.index.chunk_size_option,
-            compression=publication.compression,
-        )
+        built.maker.make(built.path.with_name(f"again{built.path.suffix}"), fresh.path)
         for hex_id, path in fresh.chunks():
             target = store.chunk(hex_id)
             if not target.exists() or not cmp(path, target, shallow=False):

@@ -19,10 +19,19 @@ from casync_updater.clock import Clock
 from casync_updater.errors import ConfigError, ContentError, LocalError, SpaceError
 from casync_updater.formats import index as index_format
 from casync_updater.formats.index import Index
-from casync_updater.model import FileRef, Publication, Release
+from casync_updater.model import FileRef, Mtimes, Publication, Release
 from casync_updater.release import SERIAL_LEAD, format_release, parse_release
 from casync_updater.server import record
-from casync_updater.server.build import Built, Recipe, Reporter, build, read_back, recipe, survey
+from casync_updater.server.build import (
+    Built,
+    Maker,
+    Recipe,
+    Reporter,
+    build,
+    read_back,
+    recipe,
+    survey,
+)
 from casync_updater.server.news import News, read_news
 from casync_updater.server.places import Site, Store, Usage, locked, make_folder
 from casync_updater.server.prune import alive_files, prune_by_hash, prune_store, sweep
@@ -171,7 +180,14 @@ class _Publisher:
             )
 
     def _publish(self, how: Recipe, since: int, interrupted: bool) -> Published:
-        built = build(self.publication, how, self.site.staging, self.store, self.reporter)
+        maker = Maker(
+            self.publication.source.resolve(),
+            how,
+            self.publication.compression,
+            self._previous_mtree(),
+        )
+        staged = self.site.staging / self.site.index.name
+        built = build(maker, staged, self.store, self.reporter)
         ids = built.chunk_ids()
         usage = self.store.usage(ids, since)
         current = self.current
@@ -182,26 +198,34 @@ class _Publisher:
         if same and current is not None:
             mtree = current.mtree
             if interrupted or usage.chunks_new or not self._has(mtree):
-                mtree = read_back(self.publication, how, built, self.store, self.reporter)
+                mtree = read_back(built, self.store, self.reporter)
                 sync_file_system(self.store.path)
             if mtree == current.mtree:
                 return self._keep(built, current, usage)
         else:
-            mtree = read_back(self.publication, how, built, self.store, self.reporter)
+            mtree = read_back(built, self.store, self.reporter)
         sync_file_system(self.store.path)
         release = self._release(built, mtree, self.store.usage(ids, since))
         self._remember(release)
         self._show(built, release)
         return Published(Status.PUBLISHED, release, usage)
 
+    def _previous_mtree(self) -> Path | None:
+        """What the times are compared with, where unchanged content shall keep its time."""
+        mtree = None if self.current is None else self.current.mtree
+        if self.publication.mtimes is Mtimes.KEEP or mtree is None or not self._has(mtree):
+            return None
+        return self.site.by_hash(mtree.sha256)
+
     def _release(self, built: Built, mtree: FileRef | None, usage: Usage) -> Release:
         serial = int(self.now)
         if self.current is not None and serial <= self.current.serial:
             serial = self.current.serial + 1
-            self.reporter.say(
-                f"the clock is behind the serial of the release before"
-                f" ({self.current.serial}); the new one gets {serial}"
-            )
+            if self.now < self.current.date:
+                self.reporter.say(
+                    f"the clock is behind the release before, of {_readable(self.current.date)};"
+                    f" the new one gets serial {serial}"
+                )
         if serial > self.now + SERIAL_LEAD:
             raise LocalError(
                 f"the clock is more than two days behind the release before, of"

@@ -57,7 +57,14 @@ class _Link:
         self.source = source
         self.where = shown(source.location.store)
         self.failures = 0
+        self.last: UpdaterError | None = None
         self.received = 0
+
+    def left_out(self) -> UpdaterError:
+        kind = PortalError if isinstance(self.last, PortalError) else RemoteError
+        return kind(
+            f"{self.where} is left out after {self.failures} failures, the last one: {self.last}"
+        )
 
 
 class _Slot:
@@ -136,7 +143,7 @@ class Chunks:
             if ended.is_set():
                 raise RemoteError(_ENDED)
             if link.failures >= _PATIENCE:
-                failures.append(RemoteError(f"{link.where} is left out after {_PATIENCE} failures"))
+                failures.append(link.left_out())
                 continue
             try:
                 return self._fetch(link, ref)
@@ -145,6 +152,7 @@ class Chunks:
                 if not isinstance(error, ContentError | MissingError) and not ended.is_set():
                     with self._lock:
                         link.failures += 1
+                        link.last = error
         raise _failure(ref, failures)
 
     def _fetch(self, link: _Link, ref: ChunkRef) -> bytes:

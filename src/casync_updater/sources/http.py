@@ -42,12 +42,14 @@ from casync_updater.errors import (
 )
 from casync_updater.formats.store import SUFFIX, path_of
 from casync_updater.model import FetchSettings, FileRef, Location
-from casync_updater.sources.base import Document, Validators, first_verified
+from casync_updater.sources.base import Document, Validators, first_verified, shown
 
 _REDIRECTS = 5
 _FIRST_WAIT = 0.5
 _DRAIN = 64 << 10
 """Bytes of an error's page that are read to keep its connection."""
+_SNIFFED = 512
+"""Bytes of what is too long that are looked at, to say what it is."""
 _SETTLED = 2.0
 """Seconds that Last-Modified has to be older than Date: RFC 9110, 8.8.2.2, has one second, and
 servers round."""
@@ -363,8 +365,8 @@ class HttpSource:
     def _chunk(self, hex_id: str, layout: str, limit: int) -> bytes:
         response = self._get(self._store.below(path_of(hex_id, layout)), limit, {})
         # Archives hold pages too, and a chunk of one may begin like one: the type decides.
-        if _is_html(response) and _PAGE.match(response.body):
-            raise _portal(response)
+        if _is_html(response.headers) and _PAGE.match(response.body):
+            raise _portal(response.url)
         return response.body
 
     def _document(self, url: _Url, limit: int, known: Validators | None = None) -> Document | None:
@@ -376,8 +378,8 @@ class HttpSource:
         response = self._get(url, limit, conditions)
         if response.status == _SAME:
             return None
-        if _is_html(response) or _PAGE.match(response.body):
-            raise _portal(response)
+        if _is_html(response.headers) or _PAGE.match(response.body):
+            raise _portal(response.url)
         return Document(response.body, _validators(response), str(url))
 
     def _get(self, url: _Url, limit: int, conditions: Mapping[str, str]) -> _Response:
@@ -413,6 +415,9 @@ class HttpSource:
     ) -> _Response:
         """One request over the wire and its answer, whatever that is."""
         origin = self._origin(url)
+        headers = {**origin.headers, **conditions}
+        if url.authorization:
+            headers["Authorization"] = url.authorization
         with self._watch.flight(generation) as flight:
             if self._watch.aborted(generation):
                 raise _TryAgainError(f"{url}: the request was ended")
@@ -420,7 +425,7 @@ class HttpSource:
                 answer = origin.pool.urlopen(
                     "GET",
                     origin.prefix + url.target,
-                    headers={**origin.headers, **conditions},
+                    headers=headers,
                     timeout=self._timeout,
                     retries=False,
                     redirect=False,
@@ -430,6 +435,10 @@ class HttpSource:
                 )
                 with contextlib.closing(_Answer(answer)) as whole:
                     response = whole.read(url, limit, self._count)
+            except _TryAgainError as error:
+                if not flight.ended:
+                    raise
+                raise self._failure(url, flight, error) from error
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 raise self._failure(url, flight, error) from error
             if flight.ended:
@@ -454,16 +463,14 @@ class HttpSource:
                 f"{url}: the server's certificate is not accepted: {certificate.verify_message}"
                 " (is this machine's clock right, and is ca_bundle in [fetch] the right one?)"
             )
-        if isinstance(error, kinds.ConnectTimeoutError) and not isinstance(
-            error, kinds.NewConnectionError
-        ):
-            how = f"no connection within {settings.connect_timeout:g} seconds"
-        elif isinstance(error, kinds.TimeoutError | TimeoutError):
-            how = f"the server sent nothing for {settings.read_timeout:g} seconds"
-        elif isinstance(error, kinds.ProxyError):
+        if isinstance(error, kinds.ProxyError):
             how = f"the proxy failed: {_reason(error)}"
         elif isinstance(error, kinds.NewConnectionError):
             how = f"cannot be reached: {_reason(error)}"
+        elif isinstance(error, kinds.ConnectTimeoutError):
+            how = f"no connection within {settings.connect_timeout:g} seconds"
+        elif isinstance(error, kinds.TimeoutError | TimeoutError):
+            how = f"the server sent nothing for {settings.read_timeout:g} seconds"
         else:
             how = f"the connection broke: {_reason(error)}"
         return _TryAgainError(f"{url}: {how}")
@@ -525,7 +532,7 @@ class HttpSource:
             "Accept": "*/*",
             "Accept-Encoding": "identity",
         }
-        authorization = url.authorization or self._logins.get(url.host)
+        authorization = self._logins.get(url.host)
         for configured in (self._index, self._store):
             if url.origin == configured.origin and configured.authorization:
                 authorization = configured.authorization
@@ -549,25 +556,18 @@ class _Answer:
         """Read it, no further than the limit."""
         status: int = self._answer.status
         headers: Mapping[str, str] = self._answer.headers
-        if status == _SAME:
-            self._whole = True
-            return _Response(url, status, headers, b"")
         announced = _length(headers)
         if status != 200:
-            body = self._read(_DRAIN, announced, count)
-            return _Response(url, status, headers, body)
+            return _Response(url, status, headers, self._read(_DRAIN, announced, count))
         if announced is not None and announced > limit:
-            raise ContentError(
-                f"{url} has {announced} bytes, at most {limit} are expected"
-                + (" (an HTML page came in its place)" if _html_type(headers) else "")
-            )
+            raise _too_long(url, headers, self._read(_SNIFFED, announced, count), limit)
         body = self._read(limit + 1, announced, count)
+        if len(body) > limit:
+            raise _too_long(url, headers, body, limit)
         if announced is not None and len(body) < announced:
             raise _TryAgainError(
                 f"{url}: the connection broke after {len(body)} of {announced} bytes"
             )
-        if len(body) > limit:
-            raise ContentError(f"{url} has more than the {limit} bytes that are expected")
         return _Response(url, status, headers, _unpacked(url, headers, body, limit))
 
     def _read(self, amount: int, announced: int | None, count: Callable[[int], None]) -> bytes:
@@ -593,8 +593,7 @@ def _configured(address: str) -> _Url:
     try:
         return _Url.parse(address)
     except ValueError as error:
-        # The address may hold a password, and where it does is what is not known.
-        raise ConfigError(f"an address of an entry cannot be used: {error}") from None
+        raise ConfigError(f"{shown(address)}: {error}") from None
 
 
 def _logins(settings: FetchSettings) -> dict[str, str]:
@@ -633,20 +632,23 @@ def _moved(url: _Url, location: str) -> _Url:
     return replace(moved, authorization=None)
 
 
-def _is_html(response: _Response) -> bool:
-    return _html_type(response.headers)
-
-
-def _html_type(headers: Mapping[str, str]) -> bool:
+def _is_html(headers: Mapping[str, str]) -> bool:
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     return kind in ("text/html", "application/xhtml+xml")
 
 
-def _portal(response: _Response) -> PortalError:
+def _portal(url: _Url) -> PortalError:
     return PortalError(
-        f"{response.url}: an HTML page came in place of what was asked for"
+        f"{url}: an HTML page came in place of what was asked for"
         " (a captive portal, or the page of an error)"
     )
+
+
+def _too_long(url: _Url, headers: Mapping[str, str], begin: bytes, limit: int) -> Exception:
+    """What an answer that is longer than expected means; a page of a portal mostly is."""
+    if _is_html(headers) or _PAGE.match(begin):
+        return _portal(url)
+    return ContentError(f"{url} is longer than the {limit} bytes that are expected at most")
 
 
 def _validators(response: _Response) -> Validators:
@@ -680,7 +682,7 @@ def _length(headers: Mapping[str, str]) -> int | None:
     """Content-Length, where the body has one."""
     text = headers.get("Content-Length", "")
     chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
-    return int(text) if text.isascii() and text.isdigit() and not chunked else None
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) and not chunked else None
 
 
 def _unpacked(url: _Url, headers: Mapping[str, str], body: bytes, limit: int) -> bytes:
@@ -696,7 +698,7 @@ def _unpacked(url: _Url, headers: Mapping[str, str], body: bytes, limit: int) ->
     except zlib.error as error:
         raise ContentError(f"{url}: its gzip encoding is damaged: {error}") from error
     if len(data) > limit:
-        raise ContentError(f"{url} has more than the {limit} bytes that are expected")
+        raise _too_long(url, headers, data, limit)
     if not stream.eof:
         raise ContentError(f"{url}: its gzip encoding is cut off")
     return data
@@ -705,7 +707,7 @@ def _unpacked(url: _Url, headers: Mapping[str, str], body: bytes, limit: int) ->
 def _retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
     """Seconds that the server wants us to wait, against its own clock where it tells it."""
     text = headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
+    if re.fullmatch("[0-9]+", text):
         return float(text)
     until = _seconds(text or None)
     if until is None:
@@ -750,6 +752,6 @@ def _certificate(error: BaseException | None) -> ssl.SSLCertVerificationError | 
 def _reason(error: BaseException | None) -> str:
     """What the operating system said, out of urllib3's wrapping, or else what urllib3 did."""
     for one in _chain(error):
-        if isinstance(one, OSError) and one.strerror:
-            return one.strerror
+        if isinstance(one, OSError):
+            return one.strerror or str(one)
     return str(error)

@@ -183,13 +183,12 @@ class _Block:
         if len(verdicts) != 1 or len(valid) > 1:
             raise StatusError(f"gpgv gives {len(verdicts)} verdicts on one signature")
         word, values = verdicts[0]
-        verdict = _VERDICTS[word]
+        if len(values) < (6 if word == "ERRSIG" else 1):
+            raise StatusError(f"gpgv's {word} has not the fields it should have")
+        verdict, key = _VERDICTS[word], values[0]
         if word == "ERRSIG":
-            if len(values) < 6:
-                raise StatusError("gpgv's ERRSIG is cut off")
-            if values[5] == _NO_PUBLIC_KEY:
-                verdict = Verdict.UNKNOWN_KEY
-        key = values[6] if word == "ERRSIG" and len(values) > 6 else values[0]
+            key = values[6] if len(values) > 6 else key
+            verdict = Verdict.UNKNOWN_KEY if values[5] == _NO_PUBLIC_KEY else verdict
         if not valid:
             if verdict is Verdict.GOOD:
                 raise StatusError("gpgv's GOODSIG has no VALIDSIG")
