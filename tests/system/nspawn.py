@@ -257,7 +257,8 @@ class Machine:
             AssertionError: it was not off in time.
         """
         assert self._nspawn is not None, "it does not run"
-        os.kill(self._leader, signal.SIGRTMIN + 3)
+        with contextlib.suppress(ProcessLookupError):  # it is off by its own doing already
+            os.kill(self._leader, signal.SIGRTMIN + 3)
         try:
             self._nspawn.wait(timeout)
         except subprocess.TimeoutExpired:
