@@ -5,6 +5,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -387,6 +388,8 @@ class Cycle:
             return "is gone"
         if installed.root is not None and found.inode != installed.root.inode:
             return "was replaced"
+        if self._emptied(site, installed):
+            return "is empty"
         now = self._outside.clock.time()
         last = self._state.last_verify
         due = last is None or not 0 <= now - last < self._settings.daemon.verify_interval
@@ -397,6 +400,13 @@ class Cycle:
             return f"differs from what was installed: {mtree.escape(first.path)} ({first.what})"
         self._state = replace(self._state, last_verify=now)
         return None
+
+    def _emptied(self, site: Site, installed: Installed) -> bool:
+        """Whether nothing is left of a tree that had something in it. Looks at its root only."""
+        if not self._entry.is_archive or any(site.destination.iterdir()):
+            return False
+        _, *below = itertools.islice(self._manifest_nodes(installed), 2)
+        return bool(below)
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
