@@ -32,6 +32,7 @@ from casync_updater.errors import (
     RemoteError,
     TrustError,
     UpdaterError,
+    exit_code,
 )
 from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
@@ -131,6 +132,7 @@ class Cycle:
         self._spool = outside.cache_dir / entry.name / "chunks.castr"
         self._sources: dict[Origin, Source] = {}
         self._state = State(str(entry.destination))
+        self._failures: list[UpdaterError] = []
 
     def run(self, reason: Reason, *, accept_legacy: bool = False) -> CycleEnd:
         """Go through the rooms, and save what came of it.
@@ -301,12 +303,14 @@ class Cycle:
             self._state = commit.exchange(site, self._state, self._folder, journal)
             self._folder.save(self._state)
         commands = self._act(installed.version)
+        problems = "; ".join(map(str, self._failures))
+        self._state = replace(self._state, last_error=problems or None)
         self._folder.save(self._state)
         self._folder.forget_versions(self._state)
         return CycleEnd(
             Outcome.UPDATED,
-            0,
-            hold or "",
+            exit_code(self._failures),
+            "; ".join(filter(None, (hold, problems))),
             serial=installed.serial,
             version=installed.version,
             actions=commands,
@@ -565,8 +569,7 @@ class Cycle:
             return ()
         self._monitor.step(Step.ACT, version)
         acted, self._state = self._actor().act(self._state)
-        if acted.failures:
-            self._state = replace(self._state, last_error="; ".join(acted.failures))
+        self._failures += map(LocalError, acted.failures)
         return acted.commands
 
     def _actor(self) -> Actor:
@@ -645,7 +648,10 @@ class Cycle:
             raise
         except UpdaterError as error:
             self._log.error("the backup was not refreshed: %s", error)
-            self._state = replace(self._state, last_error=f"backup: {error}")
+            self._failures.append(error)
+            if isinstance(error, TrustError):
+                now = self._outside.clock.time()
+                self._state = replace(self._state, refused=_refusal(error, self._state, now))
         else:
             self._log.info(
                 "refreshed the backup %s: %d chunks, %.1f MB",
@@ -730,10 +736,15 @@ class Cycle:
         candidate: Candidate,
         commands: tuple[str, ...] = (),
     ) -> CycleEnd:
+        """The end of a cycle that did its work; what failed beside that is in it as well."""
         installed = self._state.installed
+        problems = "; ".join(map(str, self._failures))
+        if problems:
+            self._state = replace(self._state, last_error=problems)
+            message = f"{message}; {problems}"
         return CycleEnd(
             outcome,
-            0,
+            exit_code(self._failures),
             message,
             serial=installed.serial if installed else None,
             version=installed.version if installed else None,
