@@ -166,6 +166,9 @@ class ProcessRunner:
 
     def start(self, action: Action) -> Handle:
         """See `ActionRunner.start`."""
+        with _pidfd(self._root / action.id) as running:
+            if running is not None:
+                raise BusyError(f"{_called(action)} still runs")
         handle = Handle(action.id, self._clock.boot_id(), self._clock.monotonic(), action.timeout)
         folder = _prepare(self._root, action, handle)
         try:
@@ -255,6 +258,9 @@ class UnitRunner:
 
     def start(self, action: Action) -> Handle:
         """See `ActionRunner.start`."""
+        known = self.find(action.id)
+        if known is not None and self._shown(known).running:
+            raise BusyError(f"{_called(action)} still runs")
         self._sweep()
         # The name is new each time: the last run's background may still be in its unit.
         unit = f"casync-updater-action-{action.id}-{self._mark}{os.urandom(3).hex()}.service"
@@ -284,7 +290,6 @@ class UnitRunner:
             ],
             timeout=30.0,
         )
-        _await_start(folder, self._clock, lambda: False)
         return handle
 
     def find(self, action_id: str) -> Handle | None:
@@ -294,65 +299,87 @@ class UnitRunner:
     def collect(self, handle: Handle, wait: float = 0.0) -> ActionResult | None:
         """See `ActionRunner.collect`."""
         folder = self._root / handle.id
+        saved = _saved(folder, _seconds(handle, self._clock))
+        if saved is not None:
+            return saved
         end = self._clock.monotonic() + wait
-        with _pidfd(folder) as pidfd:
-            if pidfd is not None and not _wait(pidfd, wait, None):
+        while (unit := self._shown(handle)).running:
+            # Also while systemd has not noticed yet that the main process is gone, or still
+            # ends the rest of a group that ran out of time.
+            left = end - self._clock.monotonic()
+            if left <= 0:
                 return None
+            if not self._wait_for(unit.main_pid, left):
+                return None
+        if unit.result == "timeout":
+            _save(folder, "timeout")
+        elif _saved(folder, 0.0) is None and unit.ending is not None:
+            _save(folder, unit.ending)
         seconds = _seconds(handle, self._clock)
-        saved = _saved(folder, seconds)
-        if saved is None:
-            ended = self._ended(handle, end)
-            if ended is None:
-                return None
-            if ended:
-                _save(folder, ended)
-                saved = _saved(folder, seconds)
-        return saved or ActionResult(seconds=seconds)
+        return _saved(folder, seconds) or ActionResult(seconds=seconds)
 
     def forget(self, handle: Handle) -> None:
         """See `ActionRunner.forget`."""
         shutil.rmtree(self._root / handle.id, ignore_errors=True)
         self._sweep()
 
-    def _ended(self, handle: Handle, end: float) -> str | None:
-        """What systemd knows of a unit without a result: "" for nothing, None where it runs."""
-        while True:
-            unit: dict[str, str] = next(self._show(str(handle.unit)), {})
-            state, number = unit.get("ActiveState"), unit.get("ExecMainStatus")
-            if state in ("activating", "deactivating") or unit.get("SubState") == "running":
-                # Its main process is gone; systemd has not noticed yet, or still ends the rest.
-                if self._clock.monotonic() >= end:
-                    return None
-                self._clock.sleep(0.1)
-                continue
-            if unit.get("LoadState") != "loaded":
-                return ""
-            if unit.get("Result") == "timeout":
-                return "timeout"
-            return {"1": f"exit {number}", "2": f"signal {number}", "3": f"signal {number}"}.get(
-                unit.get("ExecMainCode", ""), ""
-            )
+    def _wait_for(self, pid: int, seconds: float) -> bool:
+        """Wait for the end of a main process, or of the time; of one that is gone, a moment."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            self._clock.sleep(min(0.1, seconds))
+            return True
+        try:
+            return _wait(pidfd, seconds, None)
+        finally:
+            os.close(pidfd)
 
     def _sweep(self) -> None:
         """Stop the units that have ended, that nobody will ask about, and that are empty."""
         for unit in self._show(f"casync-updater-action-*-{self._mark}*.service"):
-            name = unit.get("Id", "")
-            action = name.removeprefix("casync-updater-action-").rpartition("-")[0]
+            action = unit.name.removeprefix("casync-updater-action-").rpartition("-")[0]
             known = _read_handle(self._root / action)
-            if known is not None and known.unit == name:
+            if known is not None and known.unit == unit.name:
                 continue
-            if not _occupied(name):
-                verb = "reset-failed" if unit.get("ActiveState") == "failed" else "stop"
-                process.run(["systemctl", verb, name], ok=range(256), timeout=30.0)
+            if not unit.running and not _occupied(unit.group):
+                verb = "reset-failed" if unit.failed else "stop"
+                process.run(["systemctl", verb, unit.name], ok=range(256), timeout=30.0)
 
-    def _show(self, pattern: str) -> Iterator[dict[str, str]]:
-        names = "Id,LoadState,ActiveState,SubState,Result,ExecMainCode,ExecMainStatus"
+    def _shown(self, handle: Handle) -> "_Unit":
+        return next(self._show(str(handle.unit)), _Unit({}))
+
+    def _show(self, pattern: str) -> "Iterator[_Unit]":
         shown = process.run(
-            ["systemctl", "show", "--all", f"--property={names}", "--", pattern], timeout=30.0
+            ["systemctl", "show", "--all", f"--property={','.join(_Unit.WANTED)}", "--", pattern],
+            timeout=30.0,
         )
         for block in shown.stdout.decode(errors="replace").split("\n\n"):
             if block.strip():
-                yield dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+                yield _Unit(dict(line.split("=", 1) for line in block.splitlines() if "=" in line))
+
+
+class _Unit:
+    """What systemd says of a unit; nothing at all of one that is not loaded."""
+
+    WANTED = (
+        *("Id", "ActiveState", "SubState", "Result", "MainPID"),
+        *("ExecMainCode", "ExecMainStatus", "ControlGroup"),
+    )
+
+    def __init__(self, properties: Mapping[str, str]) -> None:
+        self.name = properties.get("Id", "")
+        self.group = properties.get("ControlGroup", "")
+        self.result = properties.get("Result", "")
+        self.main_pid = int(properties.get("MainPID") or 0)
+        state = properties.get("ActiveState")
+        self.failed = state == "failed"
+        busy = state in ("activating", "deactivating")
+        self.running = busy or properties.get("SubState") == "running"
+        status = properties.get("ExecMainStatus")
+        kind = {"1": "exit", "2": "signal", "3": "signal"}.get(properties.get("ExecMainCode", ""))
+        self.ending = None if kind is None else f"{kind} {status}"
+        """How the main process ended, as the file ``result`` has it."""
 
 
 class _Own:
@@ -403,19 +430,20 @@ class _Own:
                 self._log(self._entry, self._rest.decode(errors="replace"))
 
 
+def _called(action: Action) -> str:
+    return f"{action.entry}: the action {action.command[:60]!r}"
+
+
 def _prepare(root: Path, action: Action, handle: Handle) -> Path:
     """The action's folder, written anew."""
     if not _ID.fullmatch(action.id):
         raise ValueError(f"{action.id!r} is no action id")
-    what = f"{action.entry}: the action {action.command[:60]!r}"
+    what = _called(action)
     if not action.directory.is_dir():
         raise LocalError(
             f"{what} cannot run: {action.directory} is no directory; see [actions] directory"
         )
     folder = root / action.id
-    with _pidfd(folder) as running:
-        if running is not None:
-            raise BusyError(f"{what} still runs")
     try:
         script = _script(action, folder)
         command = action.command.encode(errors="surrogateescape")
@@ -494,18 +522,23 @@ def _pidfd(folder: Path) -> Iterator[int | None]:
         os.close(fd)
 
 
-def _occupied(unit: str) -> bool:
-    """True where a process lives in the unit's control group, or below it.
+def _occupied(group: str) -> bool:
+    """True where a process lives in a control group, or below it.
 
-    /proc tells in every cgroup hierarchy alike; TasksCurrent needs the pids controller, which a
-    container may lack. Where /proc hides other processes, the unit is left in peace.
+    The cgroup file systems tell, in the places that systemd mounts them at for each of its
+    three hierarchies. /proc hides other processes from a service with ProtectProc=, and
+    TasksCurrent needs a controller that a container may lack.
     """
-    if not os.access("/proc/1/cgroup", os.R_OK):
-        return True
-    for file in Path("/proc").glob("[0-9]*/cgroup"):
-        with contextlib.suppress(OSError):
-            lines = file.read_text(errors="replace").splitlines()
-            if any(unit in line.split("/") for line in lines):
+    if not group:
+        return False
+    for mount in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"):
+        for file in Path(mount + group).rglob("cgroup.procs"):
+            try:
+                if file.read_text().strip():
+                    return True
+            except FileNotFoundError:  # removed in the meantime
+                continue
+            except OSError:  # a threaded group, which has none without processes in it
                 return True
     return False
 
