@@ -78,8 +78,11 @@ class Journal:
             every other one, also where device numbers changed with a reboot.
         old: the tree in the destination before the exchange; None where there was none.
         new: the tree that takes its place.
+        folder: where that stands in the staging folder, and the old one after the exchange.
         installed: what the state records when the new tree is in place.
-        moves: preserved paths, relative to the destination, that move from old to new.
+        replaced: the version that stood in a destination before it was updated in place.
+        moves: preserved paths, relative to the destination: what is there of them moves from
+            old to new.
         actions: what is promised to run once the new tree is in place.
         trial: a health check has to succeed afterwards.
         hold: the entry is held there afterwards (a rollback).
@@ -91,6 +94,8 @@ class Journal:
     token: str = ""
     old: Identity | None = None
     new: Identity | None = None
+    folder: str = "new"
+    replaced: Installed | None = None
     moves: tuple[str, ...] = ()
     actions: tuple[PendingAction, ...] = ()
     trial: bool = False
@@ -321,6 +326,8 @@ class StateFolder:
             named.add(state.installed.index_sha256)
         if state.journal is not None:
             named.add(state.journal.installed.index_sha256)
+            if state.journal.replaced is not None:
+                named.add(state.journal.replaced.index_sha256)
         folder = self.path / "versions"
         for file in folder.iterdir():
             if file.name.split(".")[0] not in named:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,18 @@ def identity(path: Path) -> Identity | None:
     except FileNotFoundError:
         return None
     return Identity(status.st_dev, status.st_ino)
+
+
+def sweep(site: Site, stay: Collection[str]) -> None:
+    """Remove what nobody needs any more from the staging folder: all trees but the named ones.
+
+    Raises:
+        LocalError: something cannot be removed.
+    """
+    if site.staging.is_dir():
+        for path in site.staging.iterdir():
+            if path != site.token_file and path.name not in stay:
+                remove(path)
 
 
 def remove(path: Path) -> None:

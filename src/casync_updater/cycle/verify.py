@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from casync_updater.cycle.tree import archive_digest
+from casync_updater.cycle.tree import archive_digest, obstacle
 from casync_updater.cycle.values import Staged, Verified
 from casync_updater.errors import ContentError
 from casync_updater.formats import mtree
@@ -39,7 +39,11 @@ def verify(staged: Staged, preserve: tuple[str, ...]) -> Verified:
     before = mtree.parse(staged.plan.before.splitlines(), features, where)
     changes = mtree.diff(before, mtree.parse(manifest.splitlines(), features, where))
     for path in preserve:
-        _demand_room(staged.tree, Path(path), offer.candidate.where)
+        if (found := obstacle(staged.tree, path)) is not None:
+            raise ContentError(
+                f"{offer.candidate.where}: the archive contains {found}, and the entry preserves"
+                f" {path} for the device: take it out of the archive, or out of preserve"
+            )
     return Verified(staged, digest, manifest, changes)
 
 
