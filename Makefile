@@ -32,6 +32,7 @@ BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
 	python3-pytest python3-pytest-xdist
+DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
@@ -102,7 +103,8 @@ venv: ## For developers: the pinned ruff in build/venv (from PyPI)
 
 .PHONY: demo
 demo: deps ## A publisher, a web server and a client, working together before your eyes
-	@PYTHONPATH=src $(PYTHON) tests/demo/demo.py
+	@$(call install,$(DEMO_PACKAGES))
+	PYTHONPATH=src $(PYTHON) tests/demo/demo.py
 
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory

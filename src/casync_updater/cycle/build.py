@@ -67,9 +67,14 @@ class CasyncBuilder:
                 raise
             self._fill(store, lacking, chunks)
             self._extract(plan, target)
-        if plan.site.apply is Apply.ATOMIC and plan.offer.is_archive:
-            old = plan.site.destination if plan.site.destination.exists() else None
-            carry_over(target, old, features=plan.offer.index.features)
+        if plan.site.apply is Apply.ATOMIC:
+            destination = plan.site.destination
+            carry_over(
+                target,
+                destination if destination.exists() else None,
+                parent=destination.parent,
+                features=plan.offer.index.features if plan.offer.is_archive else (),
+            )
         return Staged(plan)
 
     def _prepared_store(self, offer: Offer) -> LocalStore:
