@@ -33,7 +33,9 @@ def make_archive(
 ) -> Index:
     """Archive a tree into the store beside the index."""
     store = where.parent / "store.castr"
-    casync("make", *options(features), f"--chunk-size={chunk_size}", f"--store={store}", where, tree)
+    casync(
+        "make", *options(features), f"--chunk-size={chunk_size}", f"--store={store}", where, tree
+    )
     return index_format.parse(where.read_bytes(), str(where))
 
 

@@ -261,8 +261,8 @@ class Decoder:
             raise self._bad("without an entry", name)
         if flags != self._flags:
             raise self._bad("with other features than the index", name)
-        feature = _TYPE_FEATURE.get(stat.S_IFMT(mode))
-        if feature is None or mode >> 16 or (feature and not feature & flags):
+        feature = None if mode >> 16 else _TYPE_FEATURE.get(stat.S_IFMT(mode))
+        if feature is None or (feature and not feature & flags):
             raise self._bad("of a type that the index does not announce", name)
         if attributes or uid >= self._uid_limit or gid >= self._uid_limit:
             raise self._bad("with an owner or attributes that the index does not announce", name)

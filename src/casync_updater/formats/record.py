@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import stat
 import struct
@@ -45,6 +44,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import sub
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -60,6 +60,7 @@ DIGEST_SIZE = 16
 
 _BLOCK_BITS = 18
 _BLOCK = 1 << _BLOCK_BITS
+_LENGTH = 8
 _MAGIC = b"casync-updater record 1\n"
 _INDEX = struct.Struct("<QQQQ")
 
@@ -251,7 +252,16 @@ class Record:
         temporary = path.with_name(path.name + ".new")
         try:
             with temporary.open("wb") as file:
-                file.write(self.dump())
+                digest = hashlib.sha256()
+                file.write(_MAGIC)
+                for part in self._parts():
+                    head = len(part).to_bytes(_LENGTH, "little")
+                    digest.update(head)
+                    digest.update(part)
+                    file.write(head)
+                    file.write(part)
+                file.write(bytes(_LENGTH))
+                file.write(digest.digest())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -265,25 +275,26 @@ class Record:
                 temporary.unlink()
             raise LocalError(f"{path} cannot be written: {error.strerror}") from error
 
-    def dump(self) -> bytes:
-        """The record as bytes."""
+    def _parts(self) -> Iterator[bytes]:
+        """What a record's file consists of, one part after the other; none is empty."""
         index = self.index
-        sizes = (index.flags, index.chunk_min, index.chunk_avg, index.chunk_max)
+        yield _INDEX.pack(index.flags, index.chunk_min, index.chunk_avg, index.chunk_max)
         compress = zstandard.ZstdCompressor(level=3).compress
-        parts = [_INDEX.pack(*sizes), compress(index.table), compress(self.kinds)]
-        parts += [compress(_delta(column).tobytes()) for column in (self.starts, self.places)]
-        columns = (self.spans, self.parents, self.inodes, self.mtimes, self.ctimes, self.modes)
-        parts += [compress(column.tobytes()) for column in columns]
-        parts += [self.skeleton.size.to_bytes(8, "little"), *self.skeleton.frames]
-        out = io.BytesIO()
-        out.write(_MAGIC)
-        digest = hashlib.sha256()
-        for part in parts:
-            out.write(len(part).to_bytes(8, "little"))
-            out.write(part)
-            digest.update(part)
-        out.write(digest.digest())
-        return out.getvalue()
+        yield compress(index.table)
+        yield compress(self.kinds)
+        for column in (self.starts, self.places):
+            yield compress(_delta(column).tobytes())
+        for column in (
+            self.spans,
+            self.parents,
+            self.inodes,
+            self.mtimes,
+            self.ctimes,
+            self.modes,
+        ):
+            yield compress(column.tobytes())
+        yield self.skeleton.size.to_bytes(_LENGTH, "little")
+        yield from self.skeleton.frames
 
 
 def load(path: Path) -> Record | None:
@@ -291,43 +302,52 @@ def load(path: Path) -> Record | None:
 
     Raises:
         ContentError: it is damaged, and has to be made again from the tree.
+        LocalError: it cannot be read.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            return _parse(file)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise LocalError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        return _parse(data)
     except (ValueError, IndexError, struct.error, zstandard.ZstdError) as error:
         raise ContentError(f"{path} is damaged or cut off: {error}") from error
 
 
-def _parse(data: bytes) -> Record:
-    if not data.startswith(_MAGIC):
+def _parse(file: BinaryIO) -> Record:
+    if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("it is no record")
-    parts = []
     digest = hashlib.sha256()
-    at, end = len(_MAGIC), len(data) - digest.digest_size
-    while at < end:
-        size = int.from_bytes(data[at : at + 8], "little")
-        part = data[at + 8 : at + 8 + size]
-        at += 8 + size
-        digest.update(part)
-        parts.append(part)
-    if at != end or digest.digest() != data[end:]:
-        raise ValueError("its checksum is wrong")
-    del data
+    left = os.fstat(file.fileno()).st_size
+
+    def part() -> bytes:
+        head = file.read(_LENGTH)
+        size = int.from_bytes(head, "little")
+        if len(head) < _LENGTH or size > left:
+            raise ValueError("it ends early")
+        data = file.read(size)
+        if data:
+            digest.update(head)
+            digest.update(data)
+        return data
+
+    def column(code: str) -> array[int]:
+        out = array(code)
+        out.frombytes(unpack(part()))
+        return out
+
     unpack = zstandard.ZstdDecompressor().decompress
-    flags, chunk_min, chunk_avg, chunk_max = _INDEX.unpack(parts[0])
-    index = Index(flags, chunk_min, chunk_avg, chunk_max, unpack(parts[1]))
-    starts, places = (_sum(unpack(part)) for part in parts[3:5])
-    spans, parents, inodes, mtimes, ctimes, modes = (
-        array(code, unpack(part)) for code, part in zip("IIQqqI", parts[5:11], strict=True)
-    )
-    kinds = bytearray(unpack(parts[2]))
-    skeleton = Blocks(parts[12:], int.from_bytes(parts[11], "little"))
+    flags, chunk_min, chunk_avg, chunk_max = _INDEX.unpack(part())
+    index = Index(flags, chunk_min, chunk_avg, chunk_max, unpack(part()))
+    kinds = bytearray(unpack(part()))
+    starts, places = _sum(column("Q")), _sum(column("Q"))
+    spans, parents = column("I"), column("I")
+    inodes, mtimes, ctimes, modes = column("Q"), column("q"), column("q"), column("I")
+    size = int.from_bytes(part(), "little")
+    skeleton = Blocks(list(iter(part, b"")), size)
+    if file.read() != digest.digest():
+        raise ValueError("its checksum is wrong")
     return Record(
         index, kinds, starts, places, spans, parents, inodes, mtimes, ctimes, modes, skeleton
     )
@@ -338,8 +358,8 @@ def _delta(column: array[int]) -> array[int]:
     return array("Q", map(sub, column[1:], column))
 
 
-def _sum(data: bytes) -> array[int]:
-    return array("Q", accumulate(array("Q", data), initial=0))
+def _sum(differences: array[int]) -> array[int]:
+    return array("Q", accumulate(differences, initial=0))
 
 
 class RecordWriter:

@@ -23,6 +23,8 @@ from casync_updater.cycle.extract.plan import ExtractPlan, chunk_at
 from casync_updater.cycle.extract.tree import (
     LINKABLE,
     READ_SIZE,
+    SAME_CONTENT,
+    UNKNOWN,
     TreeFiles,
     carried,
     list_attributes,
@@ -113,7 +115,7 @@ def extract(
     try:
         builder.run()
     except OSError as error:
-        where = os.fsdecode(builder.decoder.path(builder.name))
+        where = os.fsdecode(builder.path())
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         kind = SpaceError if full else LocalError
         raise kind(f"{where!r} cannot be built: {error.strerror}") from error
@@ -200,7 +202,10 @@ class _Bytes:
         ref = plan.ref(number)
         local = plan.local[number]
         if local < 0:
-            return self._next(ref)
+            fetched = self._next(ref)
+            if self.digest is not None:
+                self.digest.update(fetched)
+            return fetched
         assert self._files is not None
         assert plan.old is not None
         start = plan.old.start(local)
@@ -221,8 +226,6 @@ class _Bytes:
             raise AssertionError(f"chunk {ref.hex} was asked for and another one came")
         data = found[1]
         self.fetched += ref.size
-        if self.digest is not None:
-            self.digest.update(data)
         if ref.id in self._repeats:
             if self._spool_file < 0:
                 self._spool_file = _nameless_file(self._root)
@@ -290,7 +293,6 @@ class _Builder:
         self._replayable = plan.old is not None and plan.old.record.index.flags == self._flags
         self.decoder = Decoder(self._bytes, self._flags)
         self.name = b""
-        """What is being built, for messages."""
         self._writer = RecordWriter(plan.index)
         self._levels: list[_Level] = []
         self._added: list[bytes] = []
@@ -321,6 +323,12 @@ class _Builder:
             self._close(level)
         self._levels.clear()
         self._bytes.close()
+
+    def path(self) -> bytes:
+        """What is being built, for messages."""
+        frames = self.decoder.frames
+        inside = frames and frames[-1].name == self.name
+        return self.decoder.path(b"" if inside else self.name)
 
     def result(self, begin: int) -> Extracted:
         """What was built."""
@@ -376,7 +384,6 @@ class _Builder:
         decoder, writer, trust = self.decoder, self._writer, self._trust
         levels, kinds, stream = self._levels, record.kinds, self._bytes
         name_of, link, lstat = record.name, os.link, os.stat
-        mtimes, inodes, modes = record.mtimes, record.inodes, record.modes
         move = start - record.starts[first]
         new = writer.copy(record, first, last, start) - first
         level = levels[-1]
@@ -390,7 +397,6 @@ class _Builder:
                 if not levels:
                     break
                 level = levels[-1]
-                level.child = old + 1
                 continue
             self.name = name = name_of(old)
             decoder.passed(name)
@@ -398,6 +404,7 @@ class _Builder:
                 node = record.decode(old)
                 decoder.enter(name, record.starts[old] + move + HEADER.size + len(name) + 1)
                 writer.open(number)
+                level.child = old + record.spans[old]
                 self._enter(node, number, old)
                 level = levels[-1]
                 continue
@@ -415,18 +422,16 @@ class _Builder:
                 except OSError as error:
                     if error.errno not in _NO_LINK:
                         raise
+                    trust[old] = SAME_CONTENT
                 else:
                     found = lstat(name, dir_fd=level.fd, follow_symlinks=False)
                     # What was linked is what was checked, unless somebody was quicker.
-                    if (
-                        found.st_mtime_ns == mtimes[old]
-                        and found.st_ino == inodes[old]
-                        and found.st_mode == modes[old]
-                    ):
+                    if record.unchanged(old, found):
                         writer.ctimes[number] = found.st_ctime_ns
                         self._linked += 1
                         continue
                     os.unlink(name, dir_fd=level.fd)
+                    trust[old] = UNKNOWN
             node = record.decode(old)
             stream.position = record.starts[old] + move + len(node.raw)
             self._create(node, number, old)

@@ -12,10 +12,11 @@ def differs(old: bytes, new: bytes, name: bytes, old_flags: int, new_flags: int)
     """Whether two nodes of the same name differ in more than their time (and their content).
 
     Args:
-        old, new: the nodes' own bytes (`archive.Node.raw`).
+        old: the old node's own bytes (`archive.Node.raw`).
+        new: those of the new one.
         name: the name of both; empty for the root.
-        old_flags, new_flags: the features of their archives; metadata that only one of them
-            carries is not compared.
+        old_flags: the features of the old archive.
+        new_flags: those of the new one; metadata that only one of them carries is not compared.
     """
     entry = HEADER.size + len(name) + 1 if name else 0
     end = entry + ENTRY.size

@@ -112,7 +112,8 @@ class _Checked:
         Raises:
             ContentError: something is.
         """
-        if self.position != self._index.size or self._pending or next(self._pieces, None):
+        more = next(self._pieces, None)
+        if more or self._pending or self.position != self._index.size:
             raise ContentError("the tree is longer or shorter than its index says")
 
     def _chunk(self) -> bytes:

@@ -170,7 +170,6 @@ def trust(record: Record, root: int, windows: tuple[Window, ...]) -> bytearray:
     """
     out = bytearray(len(record))
     kinds, lstat, trusted = record.kinds, os.stat, record.trusted
-    hash_name = record.index.hash_name
     for node, name, folder in visit(record, root):
         kind = kinds[node]
         if kind in {DIRECTORY, END}:
@@ -185,26 +184,33 @@ def trust(record: Record, root: int, windows: tuple[Window, ...]) -> bytearray:
         if trusted(node, found, windows):
             out[node] = LINKABLE
         elif kind == FILE and found.st_size == record.size(node) and found.st_mode >> 12 == 8:
-            out[node] = _trust_content(record, node, name, folder, found, hash_name)
+            out[node] = _trust_content(record, node, _Found(name, folder, found))
     return out
 
 
-def _trust_content(
-    record: Record, node: int, name: bytes, folder: int, found: os.stat_result, hash_name: str
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What there is at a node's path."""
+
+    name: bytes
+    folder: int
+    stat: os.stat_result
+
+
+def _trust_content(record: Record, node: int, found: _Found) -> int:
     """What a file whose `lstat` is not as recorded is worth, by its content."""
-    file = open_file(name, folder)
+    file = open_file(found.name, found.folder)
     if file < 0:
         return UNKNOWN
     try:
-        if content_digest(file, hash_name) != record.digest(node):
+        if content_digest(file, record.index.hash_name) != record.digest(node):
             return UNKNOWN
     finally:
         os.close(file)
     # Two names of one inode were not made by this project: linking both would keep them one.
-    alone = found.st_ino == record.inodes[node] or found.st_nlink == 1
-    drifted = any(_metadata(record, node, record.decode(node), name, folder, found))
-    record.stamp(node, found)
+    alone = found.stat.st_ino == record.inodes[node] or found.stat.st_nlink == 1
+    drifted = any(_metadata(record, node, record.decode(node), found))
+    record.stamp(node, found.stat)
     return LINKABLE if alone and not drifted else SAME_CONTENT
 
 
@@ -238,6 +244,8 @@ def verify_tree(
     """
     skip = 0
     known: list[set[bytes]] = []
+    # Moving a preserved path into a tree gives the directory it is in a new time.
+    moved_into = {path.rpartition(b"/")[0] or b"." for path in preserve}
     for node, name, folder in visit(record, root):
         kind = record.kinds[node]
         if node < skip:
@@ -251,24 +259,26 @@ def verify_tree(
         if preserve and record.path(node) in preserve:
             skip = node + record.spans[node]
             continue
-        if kind == DIRECTORY:
-            known.append(set())
-        try:
-            found = os.stat(name, dir_fd=folder, follow_symlinks=False) if folder >= 0 else None
-        except OSError:
-            found = None
-        if found is None:
-            yield Difference(record.path(node), "missing")
-        else:
-            for what in _differences(record, node, name, folder, found, windows):
-                yield Difference(record.path(node), what)
-                if what == "type":
-                    break
-            else:
-                continue
-        if kind == DIRECTORY and (found is None or not stat.S_ISDIR(found.st_mode)):
+        what = _at_path(record, node, name, folder, windows)
+        path = record.path(node) if what else b""
+        for one in what:
+            if one != "time" or path not in moved_into:
+                yield Difference(path, one)
+        if kind == DIRECTORY and what and what[0] in {"missing", "type"}:
             skip = node + record.spans[node]
-            known.pop()
+        elif kind == DIRECTORY:
+            known.append(set())
+
+
+def _at_path(
+    record: Record, node: int, name: bytes, folder: int, windows: tuple[Window, ...] | None
+) -> list[str]:
+    """How the node at a path differs."""
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return ["missing"]
+    return list(_differences(record, node, _Found(name, folder, found), windows))
 
 
 def _added(
@@ -289,23 +299,20 @@ def _added(
 
 
 def _differences(
-    record: Record,
-    node: int,
-    name: bytes,
-    folder: int,
-    found: os.stat_result,
-    windows: tuple[Window, ...] | None,
+    record: Record, node: int, found: _Found, windows: tuple[Window, ...] | None
 ) -> Iterator[str]:
     kind = record.kinds[node]
-    if windows is not None and kind != DIRECTORY and record.trusted(node, found, windows):
+    if windows is not None and kind != DIRECTORY and record.trusted(node, found.stat, windows):
         return
     want = record.decode(node)
-    if stat.S_IFMT(want.mode) != stat.S_IFMT(found.st_mode):
+    if stat.S_IFMT(want.mode) != stat.S_IFMT(found.stat.st_mode):
         yield "type"
         return
-    yield from _metadata(record, node, want, name, folder, found)
+    yield from _metadata(record, node, want, found)
     if kind == FILE:
-        file = open_file(name, folder) if found.st_size == record.size(node) else -1
+        file = (
+            open_file(found.name, found.folder) if found.stat.st_size == record.size(node) else -1
+        )
         if file < 0:
             yield "content"
             return
@@ -315,31 +322,29 @@ def _differences(
         finally:
             os.close(file)
     elif kind == LINK:
-        if os.fsencode(os.readlink(name, dir_fd=folder)) != want.target:
+        if os.fsencode(os.readlink(found.name, dir_fd=found.folder)) != want.target:
             yield "target"
-    elif want.device != found.st_rdev and (stat.S_ISBLK(want.mode) or stat.S_ISCHR(want.mode)):
+    elif want.device != found.stat.st_rdev and (stat.S_ISBLK(want.mode) or stat.S_ISCHR(want.mode)):
         yield "device"
 
 
-def _metadata(
-    record: Record, node: int, want: Node, name: bytes, folder: int, found: os.stat_result
-) -> Iterator[str]:
+def _metadata(record: Record, node: int, want: Node, found: _Found) -> Iterator[str]:
     """The metadata that the archive carries and the tree has otherwise.
 
     What the archive does not carry belongs to the device and is no difference.
     """
     flags, kind = record.index.flags, record.kinds[node]
-    if flags & PERMISSIONS and kind != LINK and found.st_mode != want.mode:
+    if flags & PERMISSIONS and kind != LINK and found.stat.st_mode != want.mode:
         yield "mode"
-    if flags & UIDS and (found.st_uid, found.st_gid) != (want.uid, want.gid):
+    if flags & UIDS and (found.stat.st_uid, found.stat.st_gid) != (want.uid, want.gid):
         yield "owner"
-    if flags & TIMES and found.st_mtime_ns != record.mtimes[node]:
+    if flags & TIMES and found.stat.st_mtime_ns != record.mtimes[node]:
         yield "time"
     if flags & (XATTRS | FCAPS) and kind in {FILE, DIRECTORY}:
         wanted = dict(want.xattrs)
         if want.fcaps is not None:
             wanted[b"security.capability"] = want.fcaps
-        if attributes(name, folder, flags) != wanted:
+        if attributes(found.name, found.folder, flags) != wanted:
             yield "attributes"
 
 
