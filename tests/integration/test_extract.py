@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from casync_updater.cycle.extract import (
     Extracted,
+    Leftover,
     changes,
     digest_tree,
     extract,
@@ -23,7 +24,7 @@ from casync_updater.cycle.extract import (
 from casync_updater.errors import ContentError, LocalError
 from casync_updater.formats.index import Index
 from casync_updater.formats.record import Record, load
-from casync_updater.model import Changes, Progress
+from casync_updater.model import Changes, ChunkRef, Progress
 from casync_updater.tools import process
 from support.archives import (
     StoreChunks,
@@ -424,6 +425,72 @@ def test_a_build_can_be_interrupted_and_leaves_no_descriptors(lab: Lab) -> None:
     with pytest.raises(KeyboardInterrupt):
         extract(plan_extract(index, None, -1), lab.chunks, root, progress=interrupt)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+    os.close(root)
+
+
+class CutError(Exception):
+    pass
+
+
+class CutChunks(StoreChunks):
+    """Chunks that end after so many, as a kill would end them."""
+
+    def __init__(self, store: Path, after: int) -> None:
+        super().__init__(store)
+        self.after = after
+
+    def read(self, ref: ChunkRef) -> bytes:
+        self.after -= 1
+        if self.after < 0:
+            raise CutError
+        return super().read(ref)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "update"])
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "power cut"])
+def test_what_was_fetched_before_a_cut_is_not_fetched_again(
+    lab: Lab, kind: str, power: bool
+) -> None:
+    if kind == "update":
+        lab.update()
+        shutil.rmtree(lab.source)
+        populate(lab.source, seed=2)
+    index = lab.publish()
+    old = -1 if lab.installed is None else open_root(lab.installed)
+    leftovers: list[Leftover] = []
+    fetched: list[bytes] = []
+    for attempt, after in enumerate((7, 9, 1_000_000)):
+        root = open_root(lab.base / f"try-{attempt}")
+        journal = lab.base / f"journal-{attempt}"
+        plan = plan_extract(index, lab.record, old, leftovers=tuple(leftovers))
+        chunks = CutChunks(lab.base / "store.castr", after)
+        with journal.open("wb") as file:
+            try:
+                done = extract(plan, chunks, root, journal=file.fileno())
+            except CutError:
+                assert attempt < 2
+        fetched += [ref.id for ref in chunks.streamed[:after] + chunks.single[:after]]
+        if power and attempt == 0:
+            with journal.open("r+b") as file:
+                file.truncate(journal.stat().st_size - 30)
+            largest = max((lab.base / "try-0").rglob("*"), key=lambda path: path.lstat().st_size)
+            largest.write_bytes(b"")
+        leftovers.append(Leftover(journal, root))
+    assert tree_digest(lab.base / "try-2", DEFAULT) == archive_digest(index, lab.chunks)
+    assert done.digest is None or done.digest == archive_digest(index, lab.chunks)
+    again = len(fetched) - len(set(fetched))
+    # At most the chunk in flight of each cut; after a power cut what it tore as well.
+    assert again <= (9 if power else 2)
+    assert len(fetched) >= 16
+
+
+def test_a_journal_that_is_nothing_is_no_leftover(tmp_path: Path) -> None:
+    root = open_root(tmp_path / "tree")
+    journal = tmp_path / "journal"
+    assert Leftover(journal, root).chunks == {}
+    for content in (b"", b"casync-updater journal 1\n", bytes(500), b"x" * 500):
+        journal.write_bytes(content)
+        assert Leftover(journal, root).chunks == {}
     os.close(root)
 
 

@@ -3,13 +3,13 @@ from array import array
 from pathlib import Path
 
 import pytest
+from tests.unit.formats.test_archive import FLAGS, file, folder
 
 from casync_updater.errors import ContentError, LocalError
 from casync_updater.formats import record as record_format
 from casync_updater.formats.archive import Decoder, Memory
 from casync_updater.formats.index import Index
 from casync_updater.formats.record import END, FILE, Record, RecordWriter, Window, kind_of
-from tests.unit.formats.test_archive import FLAGS, file, folder
 
 DATA = b"0123456789" * 50
 STREAM = folder(

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from casync_updater.cycle.extract.changes import differs
-from casync_updater.cycle.extract.plan import ExtractPlan, chunk_at
+from casync_updater.cycle.extract.leftover import Journal
+from casync_updater.cycle.extract.plan import FETCH, ExtractPlan, chunk_at
 from casync_updater.cycle.extract.tree import (
     LINKABLE,
     READ_SIZE,
@@ -94,6 +95,7 @@ def extract(
     chunks: Taker,
     root: int,
     *,
+    journal: int | None = None,
     progress: Callable[[Progress], object] = lambda progress: None,
 ) -> Extracted:
     """Make the new tree in an empty directory.
@@ -102,6 +104,8 @@ def extract(
         plan: what `plan_extract` decided.
         chunks: where chunks come from.
         root: an open descriptor of the directory, which becomes the root of the tree.
+        journal: an open descriptor of an empty file beside the tree, for `Leftover` if the build
+            is cut off; to be removed once the tree is complete.
         progress: called about every MiB with the bytes of the archive that stand; what it
             raises ends the build.
 
@@ -111,7 +115,8 @@ def extract(
         RemoteError: what `chunks` raises.
     """
     begin = file_system_time(root)
-    builder = _Builder(plan, chunks, root, progress)
+    log = None if journal is None else Journal(journal, plan.index)
+    builder = _Builder(plan, _Bytes(plan, chunks, root, log), root, progress)
     try:
         builder.run()
     except OSError as error:
@@ -127,8 +132,11 @@ def extract(
 class _Bytes:
     """The new stream (`archive.Feed`): chunks from the old tree, or fetched, as they are met."""
 
-    def __init__(self, plan: ExtractPlan, chunks: Taker, root: int) -> None:
+    def __init__(
+        self, plan: ExtractPlan, chunks: Taker, root: int, journal: Journal | None
+    ) -> None:
         self.position = 0
+        self.journal = journal
         self.fetched = 0
         self._plan = plan
         self._chunks = chunks
@@ -201,19 +209,35 @@ class _Bytes:
         plan = self._plan
         ref = plan.ref(number)
         local = plan.local[number]
+        if self.journal is not None:
+            self.journal.flush()
         if local < 0:
-            fetched = self._next(ref)
+            made = self._next(ref) if local == FETCH else self._left_over(ref)
             if self.digest is not None:
-                self.digest.update(fetched)
-            return fetched
+                self.digest.update(made)
+            return made
         assert self._files is not None
         assert plan.old is not None
         start = plan.old.start(local)
         data = self._files.stream(start, start + ref.size)
         if data is None or plan.index.chunk_id(data) != ref.id:
             # Changed since the plan was made, or an edit that lstat does not show.
-            data = self._chunks.get(ref)
-            self.fetched += ref.size
+            data = self._get(ref)
+        return data
+
+    def _left_over(self, ref: ChunkRef) -> bytes:
+        """A chunk out of a tree that an earlier try left, as far as it is whole."""
+        for leftover in self._plan.leftovers:
+            if ref.id in leftover.chunks:
+                data = leftover.read(ref.id)
+                if data is not None and self._plan.index.chunk_id(data) == ref.id:
+                    return data
+        return self._get(ref)
+
+    def _get(self, ref: ChunkRef) -> bytes:
+        """A chunk that the plan did not think would have to be fetched."""
+        data = self._chunks.get(ref)
+        self.fetched += ref.size
         return data
 
     def _next(self, ref: ChunkRef) -> bytes:
@@ -278,7 +302,7 @@ class _Builder:
     def __init__(
         self,
         plan: ExtractPlan,
-        chunks: Taker,
+        stream: _Bytes,
         root: int,
         progress: Callable[[Progress], object],
     ) -> None:
@@ -289,7 +313,7 @@ class _Builder:
         self._flags = plan.index.flags
         self._old = plan.old
         self._trust = plan.old.trust if plan.old else bytearray()
-        self._bytes = _Bytes(plan, chunks, root)
+        self._bytes = stream
         self._replayable = plan.old is not None and plan.old.record.index.flags == self._flags
         self.decoder = Decoder(self._bytes, self._flags)
         self.name = b""
@@ -441,6 +465,8 @@ class _Builder:
 
     def _node(self, node: Node) -> None:
         """Build one node that came out of the decoder."""
+        if (journal := self._bytes.journal) is not None:
+            journal.add(node, self.decoder.path(node.name) if node.size else b"")
         if not node.mode:
             level = self._levels[-1]
             self._skip_old(level, None)

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from casync_updater.cycle.extract.leftover import Leftover
 from casync_updater.cycle.extract.tree import UNKNOWN, trust
 from casync_updater.formats.archive import unsupported
 from casync_updater.formats.index import Index
@@ -14,7 +15,7 @@ from casync_updater.formats.record import FILE, Record, Window
 from casync_updater.model import ChunkRef
 
 _ITEM = 40
-_FETCH = -1
+FETCH, LEFT_OVER = -1, -2
 
 
 def supported(index: Index) -> str | None:
@@ -48,7 +49,9 @@ class ExtractPlan:
     ends: array[int]
     """Where each chunk ends in the stream."""
     local: array[int]
-    """Which chunk of the old index has the same bytes, for each chunk; -1: none."""
+    """Which chunk of the old index has the same bytes, for each chunk. -1: it is fetched; -2: an
+    earlier try left it over."""
+    leftovers: tuple[Leftover, ...]
     repeats: dict[bytes, int]
     """Ids that are fetched once and needed more often: how often after the first time."""
     fetch_bytes: int
@@ -60,7 +63,7 @@ class ExtractPlan:
         """The chunks to fetch, each once, in the order they are needed in."""
         seen = set()
         for number, local in enumerate(self.local):
-            if local == _FETCH:
+            if local == FETCH:
                 chunk_id = self.id(number)
                 if chunk_id not in self.repeats:
                     yield self.ref(number)
@@ -101,7 +104,12 @@ def chunk_ends(index: Index) -> array[int]:
 
 
 def plan_extract(
-    new: Index, old: Record | None, root: int, *, windows: tuple[Window, ...] = ()
+    new: Index,
+    old: Record | None,
+    root: int,
+    *,
+    windows: tuple[Window, ...] = (),
+    leftovers: tuple[Leftover, ...] = (),
 ) -> ExtractPlan:
     """Compare a new index with what is installed.
 
@@ -111,12 +119,13 @@ def plan_extract(
         root: an open descriptor of the installed tree; it must stay open until the new tree is
             built. Not used without a record.
         windows: the times of our own operations on the installed tree, see `formats.record`.
+        leftovers: what earlier tries left, for this index or another one.
     """
     ends = chunk_ends(new)
     installed = (
         None if old is None else Old(old, root, trust(old, root, windows), chunk_ends(old.index))
     )
-    local = array("i", [_FETCH]) * len(new)
+    local = array("i", [FETCH]) * len(new)
     rewritten = 0
     if installed is not None and installed.record.index.hash_name == new.hash_name:
         rewritten = _map(new, ends, installed, local)
@@ -125,15 +134,18 @@ def plan_extract(
     seen: set[bytes] = set()
     begin = 0
     for number, end in enumerate(ends):
-        if local[number] == _FETCH:
+        if local[number] == FETCH:
             name = chunk_id(new, number)
-            if name in seen:
+            if any(name in leftover.chunks for leftover in leftovers):
+                local[number] = LEFT_OVER
+            elif name in seen:
                 repeats[name] = repeats.get(name, 0) + 1
             else:
                 seen.add(name)
                 fetch_bytes += end - begin
         begin = end
-    return ExtractPlan(new, installed, ends, local, repeats, fetch_bytes, fetch_bytes + rewritten)
+    write_bytes = fetch_bytes + rewritten
+    return ExtractPlan(new, installed, ends, local, leftovers, repeats, fetch_bytes, write_bytes)
 
 
 def _map(new: Index, ends: array[int], old: Old, local: array[int]) -> int:
@@ -160,9 +172,9 @@ def _map(new: Index, ends: array[int], old: Old, local: array[int]) -> int:
             and usable[found]
             and old_table[found * _ITEM + 8 : (found + 1) * _ITEM] == key
         ):
-            found = first.get(key, _FETCH)
+            found = first.get(key, FETCH)
         # Equal ids are equal bytes; an index that gives them two sizes is not believed.
-        if found != _FETCH and end - begin == old_ends[found] - (
+        if found != FETCH and end - begin == old_ends[found] - (
             old_ends[found - 1] if found else 0
         ):
             local[number] = found

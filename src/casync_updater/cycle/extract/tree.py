@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 from casync_updater.formats.archive import FCAPS, PERMISSIONS, TIMES, UIDS, XATTRS, Node
 from casync_updater.formats.record import (
@@ -63,10 +64,20 @@ def read_exactly(file: int, offset: int, count: int) -> bytes:
     return data
 
 
+class Skeleton(Protocol):
+    """What knows where the bytes of an archive stand: a `Record`, or a journal."""
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes | tuple[int, int, int]]:
+        """What stands in a range of the stream: bytes, or (file, offset in it, count)."""
+
+    def path(self, node: int) -> bytes:
+        """A file's path."""
+
+
 class TreeFiles:
     """The content of a tree's files, found through its record; closed when the block is left."""
 
-    def __init__(self, record: Record, root: int) -> None:
+    def __init__(self, record: Skeleton, root: int) -> None:
         self._record = record
         self._root = root
         self._node = -1
