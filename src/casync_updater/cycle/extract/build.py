@@ -617,9 +617,10 @@ class _Builder:
                     return self._old.record.digest(old)
             out = os.open(name, _CREATE, 0o600, dir_fd=level.fd)
             digest = hashlib.new(self._plan.index.hash_name)
-            self._copy(like, out, equal, digest.update)
-            if equal and not self._old_unchanged(old, like):
-                raise self._touched(name)
+            if equal:
+                self._copy(like, out, equal, digest.update)
+                if not self._old_unchanged(old, like):
+                    raise self._touched(name)
             hole = False
             while stream.position < end:
                 data = stream.piece(end)
