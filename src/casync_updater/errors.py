@@ -5,6 +5,11 @@ later without anybody doing something. Messages are complete sentences for the o
 which file, which entry or address, what is wrong, what to do.
 """
 
+import re
+
+_UNTIL_AT = re.compile(r".*@", re.DOTALL)
+_HOST_AND_PORT = re.compile(r"(\[[^\]@]*\]|[^:/?#@]*)(:[0-9]*)?([/?#]|$)")
+
 
 class UpdaterError(Exception):
     """Root of every error that this project raises on purpose.
@@ -92,3 +97,21 @@ def exit_code(errors: list[UpdaterError]) -> int:
     """The exit code for several failures: the first of 4, 1, 3 that occurred, else 2, else 0."""
     codes = {error.exit_code for error in errors}
     return next((code for code in (4, 1, 3, 2) if code in codes), 0)
+
+
+def masked(url: str) -> str:
+    """A URL as a message may show it: without its user, password and query.
+
+    A password with an unescaped ``/`` or ``?`` breaks a URL apart, so everything up to the last
+    ``@`` is hidden unless what stands before the first ``/`` is plainly a host and port. Local
+    paths come back as they are.
+    """
+    scheme, separator, rest = url.partition("://")
+    if url.startswith("/") or scheme.lower() == "file":
+        return url
+    if not separator:
+        return _UNTIL_AT.sub("***@", url)
+    if not _HOST_AND_PORT.match(rest):
+        rest = _UNTIL_AT.sub("***@", rest)
+    head, query, _ = rest.partition("?")
+    return f"{scheme}://{head}{'?***' if query else ''}"

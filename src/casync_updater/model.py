@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 
 class Apply(StrEnum):
@@ -17,6 +18,23 @@ class Apply(StrEnum):
 
     ATOMIC = "atomic"
     IN_PLACE = "in-place"
+
+
+class Mtimes(StrEnum):
+    """Which modification times a publication carries."""
+
+    STABLE = "stable"
+    """Content that did not change keeps the time it had in the previous release."""
+    KEEP = "keep"
+    """The times that the source has."""
+
+
+class Compression(StrEnum):
+    """How the chunks of a store are compressed."""
+
+    ZSTD = "zstd"
+    XZ = "xz"
+    GZIP = "gzip"
 
 
 class Origin(StrEnum):
@@ -62,6 +80,11 @@ class Location:
         """True where it takes a network to get there."""
         return self.index.startswith(("http://", "https://"))
 
+    @property
+    def suffix(self) -> str:
+        """What the index's name ends in, ``.caidx`` or ``.caibx``; a URL's query is no name."""
+        return Path(urlsplit(self.index).path if self.remote else self.index).suffix
+
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
@@ -95,7 +118,40 @@ class Entry:
     @property
     def is_archive(self) -> bool:
         """True for a directory tree (``.caidx``), False for a file or device (``.caibx``)."""
-        return self.source.index.endswith(".caidx")
+        return self.source.suffix == ".caidx"
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One source of the publisher, as its JSON entry describes it. Paths are absolute."""
+
+    index: Path
+    store: Path
+    source: Path
+    project: str
+    version: str | None = None
+    """None: the top entry of a changelog in `changes`, else the date."""
+    features: tuple[str, ...] | None = None
+    """casync's ``--with`` names; None: what the existing index has, else the default."""
+    sign_keys: tuple[str, ...] = ()
+    """Each an absolute path of a secret key file, or a key id or fingerprint in capitals."""
+    valid_for: float | None = None
+    """Seconds from a release's Date to its Valid-Until."""
+    keep: int | None = None
+    """How many releases keep their chunks; None prunes nothing."""
+    changes: Path | str | None = None
+    """A changelog file, or the text itself."""
+    chunk_size: str | None = None
+    """``MIN:AVG:MAX`` in bytes, the form of `Index.chunk_size_option`."""
+    compression: Compression = Compression.ZSTD
+    mtimes: Mtimes = Mtimes.STABLE
+    file: Path = Path()
+    """The configuration file that the entry stands in."""
+
+    @property
+    def is_archive(self) -> bool:
+        """True for a directory tree (``.caidx``), False for a file or device (``.caibx``)."""
+        return self.index.suffix == ".caidx"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,12 @@
 """What every source of releases and chunks can do."""
 
+import hashlib
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from casync_updater.errors import ContentError, MissingError
 from casync_updater.model import FileRef, Location
 
 
@@ -32,9 +36,14 @@ class Source(Protocol):
 
     Every method raises `MissingError` where the file is not there, another `RemoteError` where
     the source cannot be reached or does not behave, and reads no more than it was told to.
+    Chunks may be asked for by several threads at once.
     """
 
     location: Location
+
+    @property
+    def received(self) -> int:
+        """Bytes of bodies that came from this source so far, failed attempts included."""
 
     def document(
         self, suffix: str, *, limit: int, known: Validators | None = None
@@ -65,5 +74,53 @@ class Source(Protocol):
             limit: bytes after which the body is refused (`ContentError`).
         """
 
+    def abort(self) -> None:
+        """End what other threads are asking for, with a `RemoteError`; later requests work."""
+
     def close(self) -> None:
         """Give connections back."""
+
+
+def shown(address: str) -> str:
+    """A URL or path for messages and logs: without credentials, which a query may be too."""
+    if not re.match(r"https?://", address, re.IGNORECASE):
+        return address
+    return re.sub(r"^([^/]*//)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", address, flags=re.DOTALL)
+
+
+def verified(ref: FileRef, read: Callable[[], Document | None]) -> Document:
+    """A document, if it is the file that a release lists.
+
+    Raises:
+        ContentError: it is another one.
+    """
+    document = read()
+    assert document is not None, "an unconditional request has a body"
+    found = hashlib.sha256(document.body).hexdigest()
+    if len(document.body) != ref.size or found != ref.sha256:
+        raise ContentError(
+            f"{document.where} is not the {ref.name} of the release: it has"
+            f" {len(document.body)} bytes with SHA-256 {found},"
+            f" expected were {ref.size} bytes with {ref.sha256}"
+        )
+    return document
+
+
+def first_verified(
+    ref: FileRef, by_hash: Callable[[], Document | None], by_name: Callable[[], Document | None]
+) -> bytes:
+    """What `Source.by_hash` gives back, from the two places where the file can be.
+
+    Raises:
+        ContentError: there are only other bytes.
+        MissingError: it is in neither place.
+    """
+    try:
+        return verified(ref, by_hash).body
+    except (MissingError, ContentError) as first:
+        try:
+            return verified(ref, by_name).body
+        except MissingError:
+            if isinstance(first, ContentError):
+                raise first from None
+            raise

@@ -5,6 +5,7 @@ the exception, and the whole process group ended when it is over.
 """
 
 import contextlib
+import functools
 import os
 import selectors
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from casync_updater.errors import LocalError
 
@@ -58,6 +60,7 @@ def run(
         stall: seconds without output and without a change of `activity()` after which it is
             ended.
         activity: a value that changes while the program gets on; asked about twice a second.
+            None watches what the program itself reads and writes.
         env: the whole environment; None for this process's own.
         keep_fds: descriptors that the program inherits (a lock that shall live as long).
         stdout_limit: bytes of standard output that are taken before the program is ended.
@@ -156,6 +159,14 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def _input_output(pid: int) -> bytes | None:
+    """The kernel's counters of what a process read and wrote."""
+    try:
+        return Path(f"/proc/{pid}/io").read_bytes()
+    except OSError:
+        return None
+
+
 def _watched(
     child: _Child,
     program: str,
@@ -170,6 +181,8 @@ def _watched(
     assert process.stderr is not None
     begin = last = time.monotonic()
     seen: object = None
+    if activity is None:
+        activity = functools.partial(_input_output, process.pid)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         selector.register(process.stderr, selectors.EVENT_READ)
@@ -185,7 +198,7 @@ def _watched(
                     child.stderr += data
                     del child.stderr[:-_STDERR_KEPT]
             now = time.monotonic()
-            if activity is not None and (current := activity()) != seen:
+            if (current := activity()) != seen:
                 seen, last = current, now
             if timeout is not None and now - begin > timeout:
                 raise ProgramError(

@@ -1,0 +1,130 @@
+# casync-updater: everything that is done with this tree. `make help` lists it.
+#
+# All tools come from Debian (12 or newer) by apt; nothing is taken from anywhere else, but
+# for the `venv` target, which is for developers only.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.NOTPARALLEL:
+MAKEFLAGS   += --no-print-directory
+
+# Debian's own interpreter by name: another python3 on PATH lacks Debian's modules.
+PYTHON      := /usr/bin/python3
+PYTEST      := $(PYTHON) -m pytest
+RUFF        := 0.17.6
+WORKERS     ?= 2
+
+export PYTHONDONTWRITEBYTECODE := 1
+export LC_ALL := C.UTF-8
+
+ROOT        := $(filter 0,$(shell id -u))
+SUDO        := $(if $(ROOT),,sudo)
+# Root inside of a container may still not be allowed to make one: what counts is whether the
+# system tests could get their namespaces.
+SYSTEM      := $(if $(ROOT),$(shell unshare --mount --net true 2>/dev/null && echo yes))
+
+RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-debian \
+	python3-icmplib python3-netifaces python3-requests python3-systemd python3-tqdm \
+	python3-zstandard
+BUILD_PACKAGES := build-essential debhelper dh-python lintian \
+	pybuild-plugin-pyproject python3-all python3-setuptools
+TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
+	python3-pytest python3-pytest-xdist
+SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap systemd-container
+
+# Installs what is missing of the packages named; asks apt only when something is.
+define install
+	missing=$$(comm -23 \
+		<(printf '%s\n' $(1) | sort -u) \
+		<(dpkg-query -W -f '$${Package} $${db:Status-Status}\n' $(1) 2>/dev/null \
+			| sed -n 's/ installed$$//p' | sort -u))
+	if [ -n "$$missing" ]; then
+		echo "installing:" $$missing
+		if [ -n "$(SUDO)" ] && ! command -v sudo >/dev/null; then
+			echo "This takes root: install these packages, or sudo, and try again." >&2
+			exit 1
+		fi
+		apt_get() {
+			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq \
+				-o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$$@" </dev/null
+		}
+		apt_get update
+		apt_get install --yes --no-install-recommends $$missing >/dev/null
+	fi
+endef
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: deps
+deps: ## Install what running, building and testing take (apt only)
+	@$(call install,$(RUN_PACKAGES) $(BUILD_PACKAGES) $(TEST_PACKAGES) $(if $(SYSTEM),$(SYSTEM_PACKAGES)))
+
+# One run of pytest, so that its closing line counts everything and is the last that is printed.
+.PHONY: test
+test: deps lint ## Types, unit, integration and the short system tests, side by side
+	@if [ -z "$(SYSTEM)" ]; then
+		echo "Without root and namespaces of its own this leaves out tests/system." >&2
+	fi
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -q -m "$(if $(SYSTEM),not long,not system)" tests
+
+.PHONY: unit
+unit: ## The unit tests alone
+	@$(PYTEST) -n $(WORKERS) -q tests/unit
+
+.PHONY: test-system
+test-system: deps ## Every system test, the long ones too (root; about a quarter of an hour)
+	@if [ -z "$(SYSTEM)" ]; then
+		echo "The system tests boot containers: that takes root." >&2
+		exit 1
+	fi
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -q -m system tests
+
+.PHONY: lint
+lint: ## mypy (strict), and ruff where it is installed
+	@$(PYTHON) -m mypy
+	ruff=$$(command -v build/venv/bin/ruff || command -v ruff || true)
+	if [ -n "$$ruff" ]; then
+		"$$ruff" check src tests
+		"$$ruff" format --check src tests
+	else
+		echo "ruff is not installed (Debian 12 has none): 'make venv' gets it." >&2
+	fi
+
+.PHONY: venv
+venv: ## For developers: the pinned ruff in build/venv (from PyPI)
+	@$(call install,python3-venv)
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/pip install --quiet ruff==$(RUFF)
+
+.PHONY: demo
+demo: deps ## A publisher, a web server and a client, working together before your eyes
+	@PYTHONPATH=src $(PYTHON) tests/demo/demo.py
+
+.PHONY: bench
+bench: deps ## Measure downloads, times and memory
+	@PYTHONPATH=src $(PYTHON) tests/bench/bench.py
+
+# dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
+# PATH would be taken for Debian's, hence the clean environment.
+.PHONY: deb
+deb: deps ## Build the Debian packages into build/deb
+	@rm -rf build/deb
+	mkdir -p build/deb/source
+	tar --exclude-vcs --exclude=./build --exclude='.*_cache' --exclude=__pycache__ \
+		--exclude='*.egg-info' -c . | tar -x -C build/deb/source
+	cd build/deb/source
+	env -i HOME="$$HOME" PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
+		$${DEB_BUILD_OPTIONS:+DEB_BUILD_OPTIONS="$$DEB_BUILD_OPTIONS"} \
+		dpkg-buildpackage --unsigned-source --unsigned-changes --build=full
+	cd ..
+	rm -rf source
+	ls -1
+
+.PHONY: clean
+clean: ## Remove everything that was built (the base systems of the tests stay cached)
+	@rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis .pybuild
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""``update``: a cycle now, in this process; also what the daemon starts for each cycle."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from casync_updater.cli.context import chosen, entry_log, surroundings
+from casync_updater.cli.monitors import monitor_for
+from casync_updater.cycle.cycle import Cycle, Surroundings
+from casync_updater.cycle.stop import StoppedError
+from casync_updater.errors import BusyError
+from casync_updater.model import Entry, Monitor, Reason
+from casync_updater.reports import CycleEnd, Outcome, PipeMonitor
+from casync_updater.state import StateFolder
+
+_FOREVER = 1e9
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command's arguments."""
+    parser = commands.add_parser("update", help="run a cycle now")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="entries (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--accept-legacy",
+        action="store_true",
+        help="take a source without a release although the entry has accepted one before",
+    )
+    # What the daemon says to a cycle's process; nobody else has a use for it.
+    parser.add_argument("--reason", type=Reason, default=Reason.OPERATOR, help=argparse.SUPPRESS)
+    parser.add_argument("--report", metavar="FD", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the cycles one after the other; each is tried."""
+    configuration, entries = chosen(arguments, arguments.names)
+    ends: dict[str, CycleEnd] = {}
+    with surroundings(arguments, configuration.settings) as outside:
+        for entry in entries:
+            end = _one(arguments, entry, outside)
+            ends[entry.name] = end
+            if not arguments.json and arguments.report is None:
+                _show(entry.name, end)
+            if end.outcome is Outcome.STOPPED:
+                break
+    if arguments.json:
+        print(json.dumps({name: dataclasses.asdict(end) for name, end in ends.items()}, indent=2))
+    codes = {end.exit for end in ends.values()}
+    return next((code for code in (4, 1, 3, 2) if code in codes), 0)
+
+
+def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> CycleEnd:
+    reason: Reason = arguments.reason
+    reporting = arguments.report is not None
+    monitor: Monitor
+    if reporting:
+        monitor = pipe = PipeMonitor(arguments.report, outside.clock)
+    else:
+        monitor = monitor_for(entry.name, quiet=arguments.json)
+    folder = StateFolder(outside.state_dir, entry)
+    if os.environ.get("CASYNC_UPDATER_ENTRY") == entry.name:
+        # An action of this very entry's cycle asks: waiting for the lock would never end.
+        folder.queued.touch()
+        return CycleEnd(Outcome.CURRENT, 0, "queued: one more cycle follows this one")
+    try:
+        with folder.locked(reason.value, wait=0.0 if reporting else _FOREVER) as lock:
+            while True:
+                folder.queued.unlink(missing_ok=True)
+                cycle = Cycle(entry, outside, monitor, lock, entry_log(entry, reason))
+                end = cycle.run(reason, accept_legacy=arguments.accept_legacy)
+                if not folder.queued.exists() or end.outcome is Outcome.STOPPED:
+                    break
+    except BusyError as error:
+        end = CycleEnd(Outcome.BUSY, error.exit_code, str(error))
+    except StoppedError as error:
+        end = CycleEnd(Outcome.STOPPED, 1, str(error))
+    if reporting:
+        pipe.finish(end)
+    return end
+
+
+def _show(name: str, end: CycleEnd) -> None:
+    print(f"{name}: {end.message}", file=sys.stderr if end.exit else sys.stdout)

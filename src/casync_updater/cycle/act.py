@@ -1,0 +1,231 @@
+"""The sixth room: what was promised to run, runs; durable, in order, each once.
+
+A promise is saved with the commit that makes it. Before a command starts, the state says that
+it is running; after its end, the promise is removed. A command that was running when the
+updater was told to stop is left to itself and not repeated; one that a power cut ended (another
+boot, and nobody was told to stop) runs again.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from casync_updater.cycle.stop import StoppedError
+from casync_updater.errors import LocalError
+from casync_updater.formats.mtree import escape
+from casync_updater.model import ActionSettings, Changes, Entry, Installed, Reason
+from casync_updater.state import ActionState, PendingAction, State, StateFolder
+from casync_updater.tools.actions import Action, ActionResult, ActionRunner, Handle, action_id
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+_PATIENCE = 1.0
+"""Seconds after which somebody is told that an action still runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What ran.
+
+    Attributes:
+        commands: every command that ran, in order.
+        failures: one sentence for each that failed.
+    """
+
+    commands: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
+
+
+def triggered(entry: Entry, changes: Changes) -> tuple[str, ...]:
+    """The actions whose paths changed, in the configuration's order, each once.
+
+    A path matches itself and everything below it; ``.`` matches every change.
+    """
+    changed = frozenset(changes.paths())
+    commands: dict[str, None] = {}
+    for trigger in entry.triggers:
+        if any(_matches(os.fsencode(path), changed) for path in trigger.paths):
+            commands.update(dict.fromkeys(trigger.actions))
+    return tuple(commands)
+
+
+def _matches(path: bytes, changed: frozenset[bytes]) -> bool:
+    if path == b".":
+        return bool(changed)
+    return any(other == path or other.startswith(path + b"/") for other in changed)
+
+
+def promise(
+    entry: Entry,
+    commands: Iterable[str],
+    *,
+    changes: Changes,
+    old: Installed | None,
+    new: Installed,
+    reason: Reason,
+    folder: StateFolder,
+    settings: ActionSettings,
+) -> tuple[PendingAction, ...]:
+    r"""Commands as the state keeps them, with what they find in their environment.
+
+    ``CASYNC_UPDATER_ENTRY``, ``_OLD_VERSION`` and ``_NEW_VERSION`` (empty where unknown),
+    ``_REASON``, and ``_CHANGES``: a file with one line per changed path, ``added``, ``changed``
+    or ``removed``, a space, and the path with unprintable bytes as ``\ooo``.
+    """
+    commands = tuple(commands)
+    if not commands:
+        return ()
+    stem = f"{new.index_sha256[:16]}-{new.since:.0f}"
+    listing = folder.actions / f"{stem}.changes"
+    lines = [
+        f"{kind} {escape(path)}\n"
+        for kind in ("added", "changed", "removed")
+        for path in getattr(changes, kind)
+    ]
+    listing.write_text("".join(lines), encoding="ascii")
+    env = (
+        ("CASYNC_UPDATER_ENTRY", entry.name),
+        ("CASYNC_UPDATER_OLD_VERSION", (old.version or "") if old else ""),
+        ("CASYNC_UPDATER_NEW_VERSION", new.version or ""),
+        ("CASYNC_UPDATER_REASON", reason.value),
+        ("CASYNC_UPDATER_CHANGES", str(listing)),
+    )
+    return tuple(
+        PendingAction(action_id(entry.name, stem, str(number)), command, env, settings.timeout)
+        for number, command in enumerate(commands)
+    )
+
+
+class Actor:
+    """Runs what an entry's state has pending."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        folder: StateFolder,
+        *,
+        runner: ActionRunner,
+        settings: ActionSettings,
+        waiting: Callable[[], None],
+        log: Log,
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            entry: whose actions they are.
+            folder: where the state is saved.
+            runner: starts and collects.
+            settings: the folder that commands run in, and how long they may take.
+            waiting: called again and again while an action runs.
+            log: takes what happens.
+        """
+        self._entry = entry
+        self._folder = folder
+        self._runner = runner
+        self._directory = settings.directory
+        self._timeout = settings.timeout
+        self._waiting = waiting
+        self._log = log
+
+    def act(self, state: State) -> tuple[Acted, State]:
+        """Run or collect every pending action.
+
+        Raises:
+            StoppedError: the updater was told to stop; the state says what is left to do.
+            LocalError: the state cannot be saved.
+        """
+        commands: list[str] = []
+        failures: list[str] = []
+        while state.pending:
+            state, result = self._finish(state)
+            pending, *rest = state.pending
+            commands.append(pending.command)
+            if result is not None and not result.ok and not result.lost:
+                failures.append(f"action {pending.command!r} {result}")
+                self._log.error("%s", failures[-1])
+            state = replace(state, pending=tuple(rest))
+            self._folder.save(state)
+            if (handle := self._runner.find(pending.id)) is not None:
+                self._runner.forget(handle)
+        for listing in self._folder.actions.glob("*.changes"):
+            listing.unlink()
+        return Acted(tuple(commands), tuple(failures)), state
+
+    def examine(self, commands: Iterable[str], attempt: str) -> str | None:
+        """Run health checks, one after the other.
+
+        Args:
+            commands: each must succeed.
+            attempt: tells this try apart from those that a reboot cut off.
+
+        Returns:
+            What failed, in words; None where all succeeded.
+
+        Raises:
+            StoppedError: the updater was told to stop.
+        """
+        for number, command in enumerate(commands):
+            self._log.info("running health check %r", command)
+            action = Action(
+                action_id(self._entry.name, "health", attempt, str(number)),
+                self._entry.name,
+                command,
+                self._directory,
+                self._timeout,
+                {"CASYNC_UPDATER_ENTRY": self._entry.name},
+            )
+            try:
+                handle = self._runner.start(action)
+            except LocalError as error:
+                return str(error)
+            while (result := self._runner.collect(handle, _PATIENCE)) is None:
+                self._waiting()
+            self._runner.forget(handle)
+            if not result.ok:
+                return f"health check {command!r} {result}"
+        return None
+
+    def _finish(self, state: State) -> tuple[State, ActionResult | None]:
+        """Bring the first pending action to its end; None where it never had a result."""
+        pending = state.pending[0]
+        if pending.state is not ActionState.WAITING:
+            handle = self._runner.find(pending.id)
+            result = self._collect(state, handle) if handle is not None else None
+            cut = result is None or result.lost
+            if not cut or pending.state is ActionState.LEFT:
+                return state, result
+            self._log.warning("action %r was cut off: it runs again", pending.command)
+        state = self._mark(state, ActionState.RUNNING)
+        self._log.info("running action %r", pending.command)
+        try:
+            handle = self._runner.start(
+                Action(
+                    pending.id,
+                    self._entry.name,
+                    pending.command,
+                    self._directory,
+                    pending.timeout,
+                    dict(pending.env),
+                )
+            )
+        except LocalError as error:
+            self._log.error("action %r: %s", pending.command, error)
+            return state, ActionResult(code=127)
+        return state, self._collect(state, handle)
+
+    def _collect(self, state: State, handle: Handle) -> ActionResult:
+        """Wait for an action; when the updater is told to stop, leave it to itself."""
+        try:
+            while (result := self._runner.collect(handle, _PATIENCE)) is None:
+                self._waiting()
+        except StoppedError:
+            self._mark(state, ActionState.LEFT)
+            raise
+        return result
+
+    def _mark(self, state: State, mark: ActionState) -> State:
+        first, *rest = state.pending
+        state = replace(state, pending=(replace(first, state=mark), *rest))
+        self._folder.save(state)
+        return state

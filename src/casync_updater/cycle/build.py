@@ -1,0 +1,157 @@
+"""The third room: the new tree, built by casync beside the destination, or in it.
+
+casync gets a private local store, filled through the chunks interface, and the installed tree
+as seed; it never reads from the network. Chunks that an interrupted try left in the store are
+not fetched again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from casync_updater.cycle.staging import make_staging, remove
+from casync_updater.cycle.tree import carry_over
+from casync_updater.cycle.values import Chunks, Offer, Plan, Staged
+from casync_updater.errors import ContentError, LocalError, RemoteError
+from casync_updater.formats import index as index_format
+from casync_updater.formats.store import LocalStore, content, file_limit
+from casync_updater.model import Apply, ChunkRef, Monitor, Progress
+from casync_updater.tools import casync
+from casync_updater.tools.process import ProgramError
+
+
+class CasyncBuilder:
+    """Lets casync extract from chunks that this project fetched."""
+
+    def __init__(self, spool: Path, monitor: Monitor, lock: int) -> None:
+        """Nothing happens yet.
+
+        Args:
+            spool: the private store.
+            monitor: told how many bytes of chunks are there.
+            lock: the entry's lock, which casync holds as long as it runs.
+        """
+        self._spool = spool
+        self._monitor = monitor
+        self._lock = lock
+
+    def build(self, plan: Plan, chunks: Chunks, begin: Callable[[], None]) -> Staged:
+        """See `Builder.build`.
+
+        Raises:
+            LocalError: casync failed.
+            ContentError: a chunk is damaged everywhere.
+            RemoteError: a chunk cannot be had.
+        """
+        store = self._prepared_store(plan.offer)
+        wanted = plan.fetch
+        if plan.old is None and plan.site.destination.exists():
+            wanted = self._without_local(plan, store)
+        self._fill(store, wanted, chunks)
+        target = plan.site.destination
+        if plan.site.apply is Apply.ATOMIC:
+            make_staging(plan.site)
+            target = plan.site.new
+            remove(target)
+        else:
+            begin()
+        try:
+            self._extract(plan, target)
+        except ProgramError:
+            # The record of the last install was wrong about the destination: a file in it was
+            # changed or is unreadable. What is really there is looked up, the rest is fetched.
+            everything = tuple({ref.id: ref for ref in plan.offer.index}.values())
+            lacking = self._without_local(replace(plan, fetch=everything), store)
+            if not lacking:
+                raise
+            self._fill(store, lacking, chunks)
+            self._extract(plan, target)
+        if plan.site.apply is Apply.ATOMIC:
+            destination = plan.site.destination
+            carry_over(
+                target,
+                destination if destination.exists() else None,
+                parent=destination.parent,
+                features=plan.offer.index.features if plan.offer.is_archive else (),
+            )
+        return Staged(plan)
+
+    def _prepared_store(self, offer: Offer) -> LocalStore:
+        """The private store, without chunks of other versions, and without damaged ones.
+
+        Chunks are not synced one by one: after a power cut a file may be empty.
+        """
+        self._spool.mkdir(parents=True, exist_ok=True)
+        store = LocalStore(self._spool)
+        wanted = {ref.hex: ref for ref in offer.index}
+        for file in self._spool.glob("*/*"):
+            ref = wanted.get(file.stem)
+            try:
+                if ref is None:
+                    raise ContentError(f"{file} is of another version")
+                raw = store.read(ref.hex, file_limit(ref.size))
+                content(raw, ref, offer.index, str(file))
+            except (ContentError, RemoteError):
+                file.unlink()
+        return store
+
+    def _fill(self, store: LocalStore, wanted: Iterable[ChunkRef], chunks: Chunks) -> None:
+        missing = tuple(ref for ref in wanted if not store.has(ref.hex))
+        total = sum(ref.size for ref in missing)
+        done = 0
+        self._monitor.progress(Progress(done, total))
+        for ref, data in chunks.stream(missing):
+            store.put(ref.hex, data, compressed=False)
+            done += ref.size
+            self._monitor.progress(Progress(done, total))
+
+    def _without_local(self, plan: Plan, store: LocalStore) -> tuple[ChunkRef, ...]:
+        """What is left to fetch after the destination itself was cut into chunks.
+
+        Used where no record says what the destination holds (an image brought it along, or it
+        was changed by hand). The chunks that are of use go into the private store.
+        """
+        site, index = plan.site, plan.offer.index
+        with TemporaryDirectory(dir=self._spool.parent, prefix="seed-") as name:
+            found = LocalStore(Path(name) / "seed.castr")
+            seed = Path(name) / ("seed.caidx" if plan.offer.is_archive else "seed.caibx")
+            casync.make(
+                seed,
+                site.destination,
+                store=found.path,
+                flags=index.flags,
+                chunk_size=index.chunk_size_option,
+            )
+            have = {ref.id: ref for ref in index_format.parse(seed.read_bytes(), str(seed))}
+            lacking = []
+            for ref in plan.fetch:
+                if ref.id in have:
+                    if not store.has(ref.hex):
+                        raw = found.read(ref.hex, file_limit(ref.size))
+                        store.put(ref.hex, raw, compressed=True)
+                else:
+                    lacking.append(ref)
+        return tuple(lacking)
+
+    def _extract(self, plan: Plan, target: Path) -> None:
+        site, offer = plan.site, plan.offer
+        suffix = ".caidx" if offer.is_archive else ".caibx"
+        index = self._spool.with_suffix(suffix)
+        index.write_bytes(offer.index_bytes)
+        in_place = site.apply is Apply.IN_PLACE
+        seed = site.new if in_place else site.destination
+        seeds = (seed,) if seed.exists() else ()
+        try:
+            casync.extract(
+                index,
+                target,
+                store=self._spool,
+                flags=offer.index.flags,
+                seeds=seeds,
+                keep_fds=(self._lock,),
+            )
+        except OSError as error:
+            raise LocalError(f"{target}: {error.strerror}") from error
+        finally:
+            index.unlink(missing_ok=True)

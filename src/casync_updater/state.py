@@ -1,0 +1,377 @@
+"""What is installed, what is pending, what was refused: one folder of files for each entry.
+
+::
+
+    STATE/NAME/state.json        this module's `State`, replaced as a whole
+    STATE/NAME/state.json.broken what could not be read, set aside
+    STATE/NAME/lock              held while a cycle runs
+    STATE/NAME/queued            a cycle that an action of the same entry asked for
+    STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
+                                 .caidx/.caibx the index, .release the release's text,
+                                 .mtree.zst the manifest of the tree
+    STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
+
+The companions of a version are written and synced before the state that names them, so a state
+never names a file that is not there.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from casync_updater import codec
+from casync_updater.errors import BusyError, ContentError, LocalError
+from casync_updater.files import write_atomic
+from casync_updater.model import Entry, Identity, Installed, Mark
+
+FORMAT = 1
+
+
+class ActionState(StrEnum):
+    """Where a promised action is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    LEFT = "left"
+    """It was running when the updater was told to stop: it goes on by itself and is not
+    repeated, however it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAction:
+    """A command that was promised to run, in the order of the state's list."""
+
+    id: str
+    command: str
+    env: tuple[tuple[str, str], ...] = ()
+    timeout: float | None = None
+    state: ActionState = ActionState.WAITING
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A version that failed here and is not installed again."""
+
+    digest: str
+    serial: int | None
+
+
+class Intent(StrEnum):
+    """What a journal announces."""
+
+    EXCHANGE = "exchange"
+    IN_PLACE = "in-place"
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The intent of a commit, written before it and removed with its result.
+
+    Attributes:
+        token: the content of the staging folder's token file: tells that folder apart from
+            every other one, also where device numbers changed with a reboot.
+        old: the tree in the destination before the exchange; None where there was none.
+        new: the tree that takes its place.
+        installed: what the state records when the new tree is in place.
+        moves: preserved paths, relative to the destination, that move from old to new.
+        actions: what is promised to run once the new tree is in place.
+        trial: a health check has to succeed afterwards.
+        hold: the entry is held there afterwards (a rollback).
+        bad: what failed and is left by this exchange.
+    """
+
+    intent: Intent
+    installed: Installed
+    token: str = ""
+    old: Identity | None = None
+    new: Identity | None = None
+    moves: tuple[str, ...] = ()
+    actions: tuple[PendingAction, ...] = ()
+    trial: bool = False
+    hold: str | None = None
+    bad: tuple[Bad, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A previous version that stays for a rollback: a folder inside the staging folder."""
+
+    folder: str
+    installed: Installed
+    preserved: tuple[str, ...] = ()
+    """Paths that were moved out of it, to be moved back by a rollback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What was refused, until it is resolved."""
+
+    check: str
+    expected: str
+    found: str
+    source: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The last body of a document, with the validators that belong to it.
+
+    The key is made of a hash, since an address may hold a password; the body is kept byte for
+    byte, as Latin-1.
+    """
+
+    key: str
+    where: str
+    body: str
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything the client remembers about one entry."""
+
+    destination: str
+    format: int = FORMAT
+    unsigned_mark: Mark | None = None
+    signed_mark: Mark | None = None
+    installed: Installed | None = None
+    previous: tuple[Kept, ...] = ()
+    journal: Journal | None = None
+    pending: tuple[PendingAction, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    trial: int | None = None
+    """How often the health check of the installed version was begun and cut off; None where
+    it has passed, or there is none."""
+    bad: tuple[Bad, ...] = ()
+    held: str | None = None
+    """Why the entry stays where it is until `resume`."""
+    no_exchange: str | None = None
+    """Why an exchange was found not to work for the destination."""
+    refused: Refusal | None = None
+    last_check: float | None = None
+    last_success: float | None = None
+    last_verify: float | None = None
+    last_error: str | None = None
+    backup_absent: bool = False
+    """It was said that the backup's folder is not there."""
+    newest_date: float | None = None
+    """The newest Date of any release that was accepted: a lower bound for the clock."""
+
+    @property
+    def accepted_release(self) -> bool:
+        """True once a release was accepted: from then on a source without one is none."""
+        return self.unsigned_mark is not None or self.signed_mark is not None
+
+    def answer(self, key: str) -> Answer | None:
+        """The stored body of a document, by its key."""
+        return next((answer for answer in self.answers if answer.key == key), None)
+
+    def with_answer(self, answer: Answer) -> "State":
+        """The state with a document's body replaced."""
+        others = tuple(other for other in self.answers if other.key != answer.key)
+        return replace(self, answers=(*others, answer))
+
+
+class StateFolder:
+    """The folder of one entry's state. Whoever writes holds `locked`."""
+
+    def __init__(self, root: Path, entry: Entry) -> None:
+        """Name the folder; nothing is made or read yet.
+
+        Args:
+            root: the state directory of the client.
+            entry: whose state it is; its destination belongs to the state.
+        """
+        self.path = root / entry.name
+        self._destination = str(entry.destination)
+        self._index_suffix = ".caidx" if entry.is_archive else ".caibx"
+
+    @property
+    def actions(self) -> Path:
+        """Where commands and lists of changed paths are kept for actions."""
+        return self.path / "actions"
+
+    @property
+    def queued(self) -> Path:
+        """Marks that one more cycle was asked for while one is running."""
+        return self.path / "queued"
+
+    def index(self, installed: Installed) -> Path:
+        """The index of a version."""
+        return self._version(installed, self._index_suffix)
+
+    def release(self, installed: Installed) -> Path:
+        """The text of a version's release, as published."""
+        return self._version(installed, ".release")
+
+    def manifest(self, installed: Installed) -> Path:
+        """The manifest of a version: mtree lines, zstd."""
+        return self._version(installed, ".mtree.zst")
+
+    def _version(self, installed: Installed, suffix: str) -> Path:
+        return self.path / "versions" / f"{installed.index_sha256}{suffix}"
+
+    def prepare(self) -> None:
+        """Make the folders.
+
+        Raises:
+            LocalError: they cannot be made.
+        """
+        try:
+            for folder in (self.path / "versions", self.actions):
+                folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.actions.chmod(0o700)
+        except OSError as error:
+            raise LocalError(f"{self.path}: no state can be kept here: {error.strerror}") from error
+
+    def load(self) -> State:
+        """The entry's state.
+
+        A state file that cannot be read is set aside and rebuilt from the releases that are
+        kept beside it: the marks never fall back to nothing. State of another destination
+        keeps the marks only.
+
+        Raises:
+            LocalError: the file is of a newer format, or the folder cannot be read.
+        """
+        file = self.path / "state.json"
+        try:
+            data = json.loads(file.read_bytes())
+            if isinstance(data, dict) and data.get("format", 0) > FORMAT:
+                raise LocalError(
+                    f"{file} was written by a newer casync-updater (format {data['format']}):"
+                    " install that version again"
+                )
+            state = codec.from_json(State, data)
+        except FileNotFoundError:
+            return self._rebuilt()
+        except OSError as error:
+            raise LocalError(f"{file} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError):
+            file.replace(file.with_name("state.json.broken"))
+            return self._rebuilt()
+        if state.destination != self._destination:
+            return State(
+                self._destination,
+                unsigned_mark=state.unsigned_mark,
+                signed_mark=state.signed_mark,
+                newest_date=state.newest_date,
+            )
+        return state
+
+    def peek(self) -> State:
+        """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
+        try:
+            return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return State(self._destination)
+
+    def _rebuilt(self) -> State:
+        """A state with the marks of every release that is still kept."""
+        from casync_updater.release import parse_release  # noqa: PLC0415 - deb822 is slow
+        from casync_updater.trust import unwrap  # noqa: PLC0415
+
+        state = State(self._destination)
+        for file in sorted((self.path / "versions").glob("*.release")):
+            with contextlib.suppress(ContentError, OSError):
+                text = file.read_bytes()
+                state = accepted(
+                    state,
+                    parse_release(unwrap(text), str(file)).mark,
+                    signed=text.startswith(b"-----BEGIN PGP SIGNED MESSAGE-----"),
+                )
+        return state
+
+    def save(self, state: State) -> None:
+        """Replace the state file in one atomic, durable step.
+
+        Raises:
+            LocalError: it could not be written; the old one is still there.
+        """
+        text = json.dumps(codec.to_json(state), indent=1)
+        try:
+            write_atomic(self.path / "state.json", text.encode())
+        except OSError as error:
+            raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
+
+    def keep_version(
+        self, installed: Installed, index: bytes, release: bytes | None, manifest: bytes | None
+    ) -> None:
+        """Write a version's companions, durably, before a state names them."""
+        for path, data in (
+            (self.index(installed), index),
+            (self.release(installed), release),
+            (self.manifest(installed), manifest),
+        ):
+            if data is not None:
+                write_atomic(path, data)
+
+    def forget_versions(self, state: State) -> None:
+        """Remove the companions of versions that the state names no more."""
+        named = {kept.installed.index_sha256 for kept in state.previous}
+        if state.installed is not None:
+            named.add(state.installed.index_sha256)
+        if state.journal is not None:
+            named.add(state.journal.installed.index_sha256)
+        folder = self.path / "versions"
+        for file in folder.iterdir():
+            if file.name.split(".")[0] not in named:
+                file.unlink()
+
+    @contextlib.contextmanager
+    def locked(self, reason: str, *, wait: float) -> Iterator[int]:
+        """Hold the entry; the lock dies with the process that holds it.
+
+        Args:
+            reason: who holds it, for the message to others.
+            wait: seconds to wait for another holder.
+
+        Yields:
+            The descriptor of the lock: a program that inherits it holds the entry as well.
+
+        Raises:
+            BusyError: another process still holds it, with its number and reason.
+        """
+        self.prepare()
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            deadline = time.monotonic() + wait
+            while not _try_lock(descriptor):
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                    raise BusyError(f"{self.path.name} is held by {holder or 'another process'}")
+                time.sleep(0.1)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def accepted(state: State, mark: Mark, *, signed: bool) -> State:
+    """The state after a release was accepted: its mark raised, never lowered.
+
+    Only verified releases raise the signed mark; nothing unsigned can lock out the publisher.
+    """
+    newest = max(mark.date, state.newest_date or 0.0)
+    if signed:
+        highest = max(mark, state.signed_mark or mark)
+        return replace(state, signed_mark=highest, newest_date=newest)
+    highest = max(mark, state.unsigned_mark or mark)
+    return replace(state, unsigned_mark=highest, newest_date=newest)
