@@ -25,14 +25,13 @@ from casync_updater.errors import ContentError, LocalError
 from casync_updater.formats.index import Index
 from casync_updater.formats.record import Record, load
 from casync_updater.model import Changes, ChunkRef, Progress
-from casync_updater.tools import process
+from casync_updater.tools.casync import stream_archive
 from support.archives import (
     StoreChunks,
     archive_digest,
     casync,
     make_archive,
     open_root,
-    options,
     tree_digest,
 )
 
@@ -371,15 +370,15 @@ def test_a_record_is_rebuilt_from_the_tree(lab: Lab) -> None:
     assert lab.index is not None
     assert lab.record is not None
     root = open_root(lab.installed)
-    command = ["casync", "make", *options(DEFAULT), "-", str(lab.installed)]
-    with process.stream(command, stall=60) as pieces:
+    flags = lab.index.flags
+    with stream_archive(lab.installed, flags=flags) as pieces:
         record = rebuild_record(lab.index, pieces, root)
     assert record.skeleton.frames == lab.record.skeleton.frames
     assert record.spans == lab.record.spans
     assert digest_tree(record, root) == tree_digest(lab.installed, DEFAULT)
     (lab.installed / "bin" / "tool").write_bytes(b"other bytes")
     with (
-        process.stream(command, stall=60) as pieces,
+        stream_archive(lab.installed, flags=flags) as pieces,
         pytest.raises(ContentError, match="not what its index says"),
     ):
         rebuild_record(lab.index, pieces, root)

@@ -5,7 +5,7 @@ fetched, `build` makes the new tree beside the old one, `tree` compares a tree w
 `leftover` is what a build that was cut off leaves for the next one.
 """
 
-from casync_updater.cycle.extract.build import Extracted, Taker, extract
+from casync_updater.cycle.extract.build import Extracted, extract
 from casync_updater.cycle.extract.changes import changes
 from casync_updater.cycle.extract.leftover import Leftover
 from casync_updater.cycle.extract.plan import ExtractPlan, plan_extract, supported
@@ -17,7 +17,6 @@ __all__ = [
     "ExtractPlan",
     "Extracted",
     "Leftover",
-    "Taker",
     "changes",
     "digest_tree",
     "extract",

@@ -14,9 +14,8 @@ import hashlib
 import os
 import stat
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from casync_updater.cycle.extract.changes import differs
 from casync_updater.cycle.extract.leftover import Journal
@@ -33,6 +32,7 @@ from casync_updater.cycle.extract.tree import (
     open_file,
     read_exactly,
 )
+from casync_updater.cycle.values import Chunks
 from casync_updater.errors import ContentError, LocalError, SpaceError
 from casync_updater.formats.archive import (
     HEADER,
@@ -64,16 +64,6 @@ _NO_LINK = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOENT, errno.EOPNOTSU
 """Protected hard links, too many names, another file system, gone: the node is made anew."""
 
 
-class Taker(Protocol):
-    """Where chunks come from: the network, a drive, a store on this machine."""
-
-    def stream(self, refs: Iterable[ChunkRef]) -> Iterator[tuple[ChunkRef, bytes]]:
-        """These chunks in this order, verified, fetched ahead."""
-
-    def get(self, ref: ChunkRef) -> bytes:
-        """One chunk, verified, out of order."""
-
-
 @dataclass(frozen=True, slots=True)
 class Extracted:
     """A new tree that stands, not yet synced to the disk."""
@@ -92,7 +82,7 @@ class Extracted:
 
 def extract(
     plan: ExtractPlan,
-    chunks: Taker,
+    chunks: Chunks,
     root: int,
     *,
     journal: int | None = None,
@@ -133,7 +123,7 @@ class _Bytes:
     """The new stream (`archive.Feed`): chunks from the old tree, or fetched, as they are met."""
 
     def __init__(
-        self, plan: ExtractPlan, chunks: Taker, root: int, journal: Journal | None
+        self, plan: ExtractPlan, chunks: Chunks, root: int, journal: Journal | None
     ) -> None:
         self.position = 0
         self.journal = journal
