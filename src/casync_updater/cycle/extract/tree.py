@@ -359,9 +359,15 @@ def _metadata(record: Record, node: int, want: Node, found: _Found) -> Iterator[
             yield "attributes"
 
 
-def attributes(name: bytes, folder: int, flags: int) -> dict[bytes, bytes]:
-    """The extended attributes of a file or directory that archives with these flags carry."""
-    file = os.open(name, _OPEN_FILE, dir_fd=folder)
+def attributes(name: bytes, folder: int, flags: int) -> dict[bytes, bytes] | None:
+    """The extended attributes of a file or directory that archives with these flags carry.
+
+    None where it cannot be opened: what is not seen is not vouched for.
+    """
+    try:
+        file = os.open(name, _OPEN_FILE, dir_fd=folder)
+    except OSError:
+        return None
     try:
         return {
             key: os.getxattr(file, key)
