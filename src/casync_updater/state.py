@@ -8,6 +8,7 @@
     STATE/NAME/queued            a cycle that an action of the same entry asked for
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
+                                 .signed (empty) where a signature of that was verified,
                                  .mtree.zst the manifest of the tree
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
@@ -168,7 +169,7 @@ class State:
     backup_absent: bool = False
     """It was said that the backup's folder is not there."""
     newest_date: float | None = None
-    """The newest Date of any release that was accepted: a lower bound for the clock."""
+    """The newest Date of any verified release: a lower bound for the clock."""
 
     @property
     def accepted_release(self) -> bool:
@@ -260,7 +261,7 @@ class StateFolder:
             return self._rebuilt()
         except OSError as error:
             raise LocalError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             file.replace(file.with_name("state.json.broken"))
             return self._rebuilt()
         if state.destination != self._destination:
@@ -276,7 +277,7 @@ class StateFolder:
         """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
         try:
             return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return State(self._destination)
 
     def _rebuilt(self) -> State:
@@ -291,7 +292,7 @@ class StateFolder:
                 state = accepted(
                     state,
                     parse_release(unwrap(text), str(file)).mark,
-                    signed=text.startswith(b"-----BEGIN PGP SIGNED MESSAGE-----"),
+                    signed=file.with_suffix(".signed").exists(),
                 )
         return state
 
@@ -308,11 +309,22 @@ class StateFolder:
             raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
 
     def keep_version(
-        self, installed: Installed, index: bytes, release: bytes | None, manifest: bytes | None
+        self,
+        installed: Installed,
+        index: bytes,
+        release: bytes | None,
+        manifest: bytes | None,
+        *,
+        signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them."""
+        """Write a version's companions, durably, before a state names them.
+
+        Raises:
+            OSError: one could not be written.
+        """
         for path, data in (
             (self.index(installed), index),
+            (self._version(installed, ".signed"), b"" if signed else None),
             (self.release(installed), release),
             (self.manifest(installed), manifest),
         ):
@@ -346,9 +358,13 @@ class StateFolder:
 
         Raises:
             BusyError: another process still holds it, with its number and reason.
+            LocalError: there can be no lock.
         """
         self.prepare()
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LocalError(f"{self.path / 'lock'}: {error.strerror}") from error
         try:
             deadline = time.monotonic() + wait
             while not _try_lock(descriptor):
@@ -356,8 +372,9 @@ class StateFolder:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                     raise BusyError(f"{self.path.name} is held by {holder or 'another process'}")
                 time.sleep(0.1)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
+            with contextlib.suppress(OSError):  # A full disk: the lock holds without a name.
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -374,11 +391,12 @@ def _try_lock(descriptor: int) -> bool:
 def accepted(state: State, mark: Mark, *, signed: bool) -> State:
     """The state after a release was accepted: its mark raised, never lowered.
 
-    Only verified releases raise the signed mark; nothing unsigned can lock out the publisher.
+    Only verified releases raise the signed mark and the newest date; nothing unsigned can lock
+    out the publisher, neither with a serial nor with a date that makes every release expire.
     """
-    newest = max(mark.date, state.newest_date or 0.0)
     if signed:
+        newest = max(mark.date, state.newest_date or 0.0)
         highest = max(mark, state.signed_mark or mark)
         return replace(state, signed_mark=highest, newest_date=newest)
     highest = max(mark, state.unsigned_mark or mark)
-    return replace(state, unsigned_mark=highest, newest_date=newest)
+    return replace(state, unsigned_mark=highest)

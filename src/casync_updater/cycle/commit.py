@@ -81,6 +81,7 @@ def commit(
             plan.offer.index_bytes,
             plan.offer.candidate.text,
             zstandard.compress(verified.manifest) if verified.manifest else None,
+            signed=plan.offer.candidate.signed,
         )
         syscalls.sync_file_system(verified.staged.tree)
         if site.apply is Apply.ATOMIC:

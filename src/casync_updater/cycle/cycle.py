@@ -483,7 +483,11 @@ class Cycle:
                     manifest = b"".join(pieces)
         installed = replace(self._installed(offer, digest), root=identity(site.destination))
         self._folder.keep_version(
-            installed, offer.index_bytes, offer.candidate.text, zstandard.compress(manifest)
+            installed,
+            offer.index_bytes,
+            offer.candidate.text,
+            zstandard.compress(manifest),
+            signed=offer.candidate.signed,
         )
         now = self._outside.clock.time()
         self._state = replace(self._state, installed=installed, last_verify=now)

@@ -90,7 +90,11 @@ class World:
 
     def keep(self, version: Version) -> None:
         self.folder.keep_version(
-            version.installed, version.index, None, zstandard.compress(version.manifest)
+            version.installed,
+            version.index,
+            None,
+            zstandard.compress(version.manifest),
+            signed=False,
         )
 
     def commit(self) -> State:
