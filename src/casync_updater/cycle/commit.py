@@ -89,10 +89,11 @@ def commit(
                     moves=moves(site, entry),
                     actions=actions,
                     trial=bool(entry.health_check),
+                    hold=state.held,
                 ),
             )
         else:
-            journal = Journal(Intent.IN_PLACE, installed, actions=actions)
+            journal = Journal(Intent.IN_PLACE, installed, actions=actions, hold=state.held)
             state = _recorded(replace(state, journal=journal), identity(site.destination))
     except OSError as error:
         raise LocalError(f"{error.filename or site.destination}: {error.strerror}") from error
@@ -149,17 +150,18 @@ def complete(site: Site, state: State) -> State:
             site.new.rename(kept)
             sync_folder(site.staging)
             previous = (
-                Kept(kept.name, old, journal.moves),
+                Kept(kept.name, old, journal.moves, left=bool(journal.hold or journal.bad)),
                 *(other for other in previous if other.folder != kept.name),
             )
-        elif journal.old is not None and not _holds_preserved(site.new, journal.moves):
+        elif journal.old is not None and not holds_preserved(site.new, journal.moves):
             # What stood there is no version to go back to: a tree that somebody put there, or
             # one that drifted from the version that was just repaired.
             remove(site.new)
     return replace(_recorded(state, identity(site.destination)), previous=previous)
 
 
-def _holds_preserved(tree: Path, moves: tuple[str, ...]) -> bool:
+def holds_preserved(tree: Path, moves: tuple[str, ...]) -> bool:
+    """Whether something that belongs to the device is still in a tree."""
     return any(os.path.lexists(tree / path) for path in moves)
 
 
