@@ -112,6 +112,8 @@ class Kept:
     installed: Installed
     preserved: tuple[str, ...] = ()
     """Paths that were moved out of it, to be moved back by a rollback."""
+    left: bool = False
+    """It was rolled back from: no version that a rollback goes to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import zstandard
 
+from casync_updater import trust
 from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
@@ -50,6 +51,7 @@ from casync_updater.model import (
     Settings,
     Step,
 )
+from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
@@ -150,6 +152,7 @@ class Cycle:
                 self._act()
                 self._prove(site)
                 end = self._cycle(site, reason, accept_legacy)
+                self._prune(site)
         except StoppedError as error:
             return CycleEnd(Outcome.STOPPED, 1, str(error))
         except UpdaterError as error:
@@ -158,7 +161,6 @@ class Cycle:
             return self._failed(
                 LocalError(f"{error.filename or self._entry.name}: {error.strerror}")
             )
-        self._folder.save(self._state)
         return end
 
     def recover(self) -> Site:
@@ -258,20 +260,7 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
-        """The versions to go back to, latest first. Clocks may be wrong: serials are not."""
-        current = self._state.installed
-        bad = {version.digest for version in self._state.bad}
-        return [
-            kept
-            for kept in self._state.previous
-            if kept.installed.digest not in bad
-            and not (
-                current is not None
-                and current.serial is not None
-                and kept.installed.serial is not None
-                and kept.installed.serial > current.serial
-            )
-        ]
+        return [kept for kept in self._state.previous if not kept.left]
 
     def _go_back(
         self, site: Site, kept: Kept, *, hold: str | None, bad: tuple[Bad, ...]
@@ -365,10 +354,11 @@ class Cycle:
         self._note(checked)
         self._prove(site)
         self._mirror(site, offer.candidate)
-        self._prune(site)
         return self._end(
             Outcome.UPDATED,
-            "repaired" if offer.repair else f"updated to {offer.candidate.version}",
+            f"repaired {offer.candidate.version}"
+            if offer.repair
+            else f"updated to {offer.candidate.version}",
             offer.candidate,
             commands,
         )
@@ -394,13 +384,38 @@ class Cycle:
         """What is to be installed: a newer version, or the installed one where it drifted."""
         if isinstance(outcome, Newer):
             return load(outcome.candidate)
-        if outcome.note is not None or self._state.installed is None:
+        installed = self._state.installed
+        if installed is None:
             return None
-        drift = self._drift(site, self._state.installed, reason)
+        drift = self._drift(site, installed, reason)
         if drift is None:
             return None
         self._log.warning("%s %s: repairing it", site.destination, drift)
-        return load(outcome.candidate, repair=True)
+        if outcome.note is None:
+            return load(outcome.candidate, repair=True)
+        return self._offer_again(installed, outcome.candidate)
+
+    def _offer_again(self, installed: Installed, current: Candidate) -> Offer:
+        """The installed version as it was offered once, while the source has another one."""
+        data = self._folder.index(installed).read_bytes()
+        kept = self._folder.release(installed)
+        text = kept.read_bytes() if kept.exists() else None
+        candidate = replace(
+            current,
+            release=parse_release(trust.unwrap(text), str(kept)) if text else None,
+            text=text,
+            digest=installed.digest,
+            index_bytes=data,
+            where=installed.source,
+        )
+        return Offer(
+            candidate,
+            kept_index(self._folder, installed),
+            data,
+            installed.index_sha256,
+            self._entry.is_archive,
+            repair=True,
+        )
 
     def _drift(self, site: Site, installed: Installed, reason: Reason) -> str | None:
         """What is wrong with the destination, in words; a look at its root, usually."""
