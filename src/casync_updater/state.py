@@ -8,6 +8,7 @@
     STATE/NAME/queued            a cycle that an action of the same entry asked for
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
+                                 .signed (empty) where its signature was verified,
                                  .mtree.zst the manifest of the tree
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
@@ -162,6 +163,8 @@ class State:
     last_error: str | None = None
     backup_absent: bool = False
     """It was said that the backup's folder is not there."""
+    backup_seen: str | None = None
+    """What a backup drive looked like when all of it was found right."""
     newest_date: float | None = None
     """The newest Date of any release that was accepted: a lower bound for the clock."""
 
@@ -282,12 +285,9 @@ class StateFolder:
         state = State(self._destination)
         for file in sorted((self.path / "versions").glob("*.release")):
             with contextlib.suppress(ContentError, OSError):
-                text = file.read_bytes()
-                state = accepted(
-                    state,
-                    parse_release(unwrap(text), str(file)).mark,
-                    signed=text.startswith(b"-----BEGIN PGP SIGNED MESSAGE-----"),
-                )
+                release = parse_release(unwrap(file.read_bytes()), str(file))
+                signed = file.with_suffix(".signed").exists()
+                state = accepted(state, release.mark, signed=signed)
         return state
 
     def save(self, state: State) -> None:
@@ -303,16 +303,33 @@ class StateFolder:
             raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
 
     def keep_version(
-        self, installed: Installed, index: bytes, release: bytes | None, manifest: bytes | None
+        self,
+        installed: Installed,
+        index: bytes,
+        release: bytes | None,
+        manifest: bytes | None,
+        *,
+        signed: bool,
     ) -> None:
         """Write a version's companions, durably, before a state names them."""
-        for path, data in (
-            (self.index(installed), index),
-            (self.release(installed), release),
-            (self.manifest(installed), manifest),
-        ):
-            if data is not None:
-                write_atomic(path, data)
+        write_atomic(self.index(installed), index)
+        if manifest is not None:
+            write_atomic(self.manifest(installed), manifest)
+        if release is not None:
+            self.keep_release(installed, release, signed=signed)
+
+    def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
+        """Write the text of a version's release, and whether its signature was verified.
+
+        What is marked as verified counts as that when the state has to be rebuilt, so the mark
+        is made after the text, and removed before it.
+        """
+        mark = self._version(installed, ".signed")
+        if not signed:
+            mark.unlink(missing_ok=True)
+        write_atomic(self.release(installed), release)
+        if signed:
+            write_atomic(mark, b"")
 
     def forget_versions(self, state: State) -> None:
         """Remove the companions of versions that the state names no more."""
@@ -369,9 +386,11 @@ def accepted(state: State, mark: Mark, *, signed: bool) -> State:
 
     Only verified releases raise the signed mark; nothing unsigned can lock out the publisher.
     """
-    newest = max(mark.date, state.newest_date or 0.0)
+    known = state.newest_date or 0.0
     if signed:
         highest = max(mark, state.signed_mark or mark)
+        # Before the first signature, anybody could have said what date it is.
+        newest = max(mark.date, known) if state.signed_mark else mark.date
         return replace(state, signed_mark=highest, newest_date=newest)
     highest = max(mark, state.unsigned_mark or mark)
-    return replace(state, unsigned_mark=highest, newest_date=newest)
+    return replace(state, unsigned_mark=highest, newest_date=max(mark.date, known))

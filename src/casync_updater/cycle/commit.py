@@ -73,6 +73,7 @@ def commit(
         plan.offer.index_bytes,
         candidate.text,
         zstandard.compress(verified.manifest) if verified.manifest else None,
+        signed=candidate.signed,
     )
     try:
         syscalls.sync_file_system(verified.staged.tree)

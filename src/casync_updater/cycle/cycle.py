@@ -16,7 +16,7 @@ from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
 from casync_updater.cycle.build import CasyncBuilder
 from casync_updater.cycle.check import Checker, load
-from casync_updater.cycle.mirror import Mirror, present
+from casync_updater.cycle.mirror import Condition, Mirror, present
 from casync_updater.cycle.plan import lacking, plan
 from casync_updater.cycle.staging import Site, identity, remove, survey
 from casync_updater.cycle.stop import Stop, StoppedError
@@ -47,12 +47,14 @@ from casync_updater.model import (
     Settings,
     Step,
 )
+from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
 from casync_updater.state import Bad, Intent, Journal, Kept, Refusal, State, StateFolder
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
+from casync_updater.trust import unwrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ class Cycle:
         self._spool = outside.cache_dir / entry.name / "chunks.castr"
         self._sources: dict[Origin, Source] = {}
         self._state = State(str(entry.destination))
+        self._refused_before: Refusal | None = None
 
     def run(self, reason: Reason, *, accept_legacy: bool = False) -> CycleEnd:
         """Go through the rooms, and save what came of it.
@@ -141,6 +144,7 @@ class Cycle:
         try:
             with contextlib.ExitStack() as stack:
                 self._state = self._folder.load()
+                self._refused_before = self._state.refused
                 stack.callback(self._close)
                 site = self.recover()
                 self._act()
@@ -322,34 +326,65 @@ class Cycle:
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
-        offer = self._offer(site, outcome, reason)
+        if outcome.candidate.remark:
+            self._log.warning("%s: %s", outcome.candidate.where, outcome.candidate.remark)
+        with _blamed(outcome.candidate.origin):
+            offer = self._offer(site, checked, reason)
         if offer is None:
             assert isinstance(outcome, UpToDate)
+            self._renew(outcome.candidate)
             self._note(checked)
-            self._mirror(site, outcome.candidate)
-            return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
+            drive = self._mirror(site, checked)
+            return self._end(
+                Outcome.CURRENT, outcome.note or "up to date", outcome.candidate, drive=drive
+            )
         if self._adopt(site, offer):
             self._note(checked)
-            self._mirror(site, offer.candidate)
-            return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
-        try:
-            commands = self._install(site, offer, reason)
-        except commit.NoExchangeError as error:
-            self._state = replace(self._state, no_exchange=str(error))
-            self._folder.save(self._state)
-            site = survey(self._entry, self._state.no_exchange)
-            self._log.warning("%s: updating in place, which is not atomic", error)
-            commands = self._install(site, offer, reason)
+            drive = self._mirror(site, checked)
+            return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate, drive=drive)
+        with _blamed(offer.candidate.origin):
+            commands = self._installed_somehow(site, offer, checked, reason)
         self._note(checked)
         self._prove(site)
-        self._mirror(site, offer.candidate)
+        drive = self._mirror(site, checked)
         self._prune(site)
         return self._end(
             Outcome.UPDATED,
             "repaired" if offer.repair else f"updated to {offer.candidate.version}",
             offer.candidate,
             commands,
+            drive=drive,
         )
+
+    def _installed_somehow(
+        self, site: Site, offer: Offer, checked: Checked, reason: Reason
+    ) -> tuple[str, ...]:
+        """Install with one exchange, or in place where that is found not to work."""
+        try:
+            return self._install(site, offer, checked, reason)
+        except commit.NoExchangeError as error:
+            self._state = replace(self._state, no_exchange=str(error))
+            self._folder.save(self._state)
+            site = survey(self._entry, self._state.no_exchange)
+            self._log.warning("%s: updating in place, which is not atomic", error)
+            return self._install(site, offer, checked, reason)
+
+    def _renew(self, candidate: Candidate) -> None:
+        """Keep the text of a release that was signed again: the backup drive gets it as well."""
+        installed, release = self._state.installed, candidate.release
+        if installed is None or release is None or candidate.text is None:
+            return
+        if (installed.digest, installed.index_sha256) != (release.digest, release.index.sha256):
+            return
+        kept = self._folder.release(installed)
+        if kept.exists():
+            before = kept.read_bytes()
+            if before == candidate.text:
+                return
+            with contextlib.suppress(ContentError):
+                if parse_release(unwrap(before), str(kept)).mark > release.mark:
+                    return
+        self._folder.keep_release(installed, candidate.text, signed=candidate.signed)
 
     def check(self, *, accept_legacy: bool = False) -> Checked:
         """Ask the sources; the state in memory takes their answers."""
@@ -368,17 +403,18 @@ class Cycle:
         finally:
             self._state = checker.state
 
-    def _offer(self, site: Site, outcome: UpToDate | Newer, reason: Reason) -> Offer | None:
+    def _offer(self, site: Site, checked: Checked, reason: Reason) -> Offer | None:
         """What is to be installed: a newer version, or the installed one where it drifted."""
+        outcome = checked.outcome
         if isinstance(outcome, Newer):
-            return load(outcome.candidate)
+            return load(outcome.candidate, checked.answered)
         if outcome.note is not None or self._state.installed is None:
             return None
         drift = self._drift(site, self._state.installed, reason)
         if drift is None:
             return None
         self._log.warning("%s %s: repairing it", site.destination, drift)
-        return load(outcome.candidate, repair=True)
+        return load(outcome.candidate, checked.answered, repair=True)
 
     def _drift(self, site: Site, installed: Installed, reason: Reason) -> str | None:
         """What is wrong with the destination, in words; a look at its root, usually."""
@@ -465,7 +501,11 @@ class Cycle:
                     manifest = b"".join(pieces)
         installed = replace(self._installed(offer, digest), root=identity(site.destination))
         self._folder.keep_version(
-            installed, offer.index_bytes, offer.candidate.text, zstandard.compress(manifest)
+            installed,
+            offer.index_bytes,
+            offer.candidate.text,
+            zstandard.compress(manifest),
+            signed=offer.candidate.signed,
         )
         now = self._outside.clock.time()
         self._state = replace(self._state, installed=installed, last_verify=now)
@@ -487,7 +527,9 @@ class Cycle:
         except MissingError:
             return None
 
-    def _install(self, site: Site, offer: Offer, reason: Reason) -> tuple[str, ...]:
+    def _install(
+        self, site: Site, offer: Offer, checked: Checked, reason: Reason
+    ) -> tuple[str, ...]:
         """plan, build, verify, commit, act: the commands that ran."""
         version = offer.candidate.version
         self._monitor.step(Step.PLAN, version)
@@ -513,7 +555,7 @@ class Cycle:
                     self._state, self._folder, self._installed(offer, "")
                 )
 
-            with self._chunks(offer) as chunks:
+            with self._chunks(offer, checked) as chunks:
                 staged = builder.build(planned, chunks, begin)
             self._monitor.step(Step.VERIFY, version)
             verified = verify(staged, self._entry.preserve)
@@ -607,42 +649,81 @@ class Cycle:
         end = self._go_back(site, older[0], hold=None, bad=(bad,))
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
-    def _mirror(self, site: Site, candidate: Candidate) -> None:
-        """Refresh the backup drive; a failure there does not fail the update."""
+    def _mirror(self, site: Site, checked: Checked) -> int:
+        """Refresh the backup drive; a failure there does not fail the update.
+
+        Returns:
+            An exit code: 4 for a foreign drive, 1 for one that was damaged, mended or not.
+        """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
-            return
+            return 0
         if not present(location):
             if not self._state.backup_absent:
                 self._log.info("the backup folder of %s is not there", shown(location.index))
             self._state = replace(self._state, backup_absent=True)
-            return
+            return 0
         self._state = replace(self._state, backup_absent=False)
-        mirror = Mirror(self._entry, location, self._folder)
+        mirror = Mirror(location, self._folder)
+        damaged = False
         try:
-            if not mirror.needs(installed):
-                return
-            self._monitor.step(Step.MIRROR, installed.version)
-            with self._chunk_chain(self._kept_index(installed), [candidate.source]) as chunks:
-                done = mirror.refresh(
-                    installed,
-                    site.destination,
-                    chunks=chunks,
-                    published=lambda ref: candidate.source.by_hash(ref, ".mtree"),
-                    monitor=self._monitor,
+            found = mirror.survey(
+                installed,
+                self._source(Origin.BACKUP),
+                checked.demands,
+                seen=self._state.backup_seen,
+                monitor=self._monitor,
+            )
+            damaged = found.condition is Condition.DAMAGED
+            if found.condition is Condition.CURRENT:
+                self._state = replace(self._state, backup_seen=found.seen)
+                return 0
+            if damaged:
+                self._log.error("the backup %s is damaged: %s", shown(location.index), found.what)
+            if found.condition is Condition.NEWER or self._is_behind(installed):
+                return int(damaged)
+            if mirror.write_protected:
+                self._log.warning(
+                    "the backup %s is %s (%s), and it is write-protected",
+                    shown(location.index),
+                    found.condition,
+                    found.what,
                 )
+                return int(damaged)
+            self._refresh(mirror, site, installed, checked)
         except StoppedError:
             raise
+        except TrustError as error:
+            self._log.error("the backup drive is foreign, and is not written to: %s", error)
+            self._state = replace(
+                self._state,
+                last_error=f"backup: {error}",
+                refused=self._refusal(error, self._outside.clock.time()),
+            )
+            return error.exit_code
         except UpdaterError as error:
             self._log.error("the backup was not refreshed: %s", error)
             self._state = replace(self._state, last_error=f"backup: {error}")
-        else:
-            self._log.info(
-                "refreshed the backup %s: %d chunks, %.1f MB",
-                shown(location.index),
-                done.chunks,
-                done.size / 1e6,
+        return int(damaged)
+
+    def _is_behind(self, installed: Installed) -> bool:
+        """Whether the device itself knows of something newer: it went back, or cannot install."""
+        mark = self._state.signed_mark or self._state.unsigned_mark
+        return mark is not None and installed.serial is not None and installed.serial < mark.serial
+
+    def _refresh(self, mirror: Mirror, site: Site, installed: Installed, checked: Checked) -> None:
+        self._monitor.step(Step.MIRROR, installed.version)
+        candidate = checked.outcome.candidate
+        with self._chunk_chain(self._kept_index(installed), list(checked.answered)) as chunks:
+            done = mirror.refresh(
+                installed,
+                site.destination,
+                chunks=chunks,
+                published=lambda ref: candidate.source.by_hash(ref, ".mtree"),
+                monitor=self._monitor,
             )
+        self._state = replace(self._state, backup_seen=done.seen)
+        self._log.info("refreshed the backup: %d chunks, %.1f MB", done.chunks, done.size / 1e6)
 
     def _prune(self, site: Site) -> None:
         """Remove previous versions beyond `keep`, and what the state kept of them."""
@@ -654,11 +735,11 @@ class Cycle:
         self._folder.forget_versions(self._state)
 
     @contextlib.contextmanager
-    def _chunks(self, offer: Offer) -> Iterator[Chunks]:
+    def _chunks(self, offer: Offer, checked: Checked) -> Iterator[Chunks]:
         """The chain of sources for an offer: the backup drive is nearer than the network."""
-        sources = [offer.candidate.source]
+        sources = [source for source in checked.answered if source.location != self._entry.backup]
         backup = self._entry.backup
-        if offer.candidate.origin is Origin.SOURCE and backup is not None and present(backup):
+        if backup is not None and present(backup):
             sources.insert(0, self._source(Origin.BACKUP))
         with self._chunk_chain(offer.index, sources) as chunks:
             yield chunks
@@ -700,18 +781,24 @@ class Cycle:
             self._state,
             last_check=now,
             last_success=now,
-            last_error=None if refused is None else str(refused),
-            refused=None if refused is None else _refusal(refused, self._state, now),
+            last_error=str(refused) if refused else checked.outcome.candidate.remark or None,
+            refused=None if refused is None else self._refusal(refused, now),
         )
 
     def _failed(self, error: UpdaterError) -> CycleEnd:
         now = self._outside.clock.time()
         self._state = replace(self._state, last_check=now, last_error=str(error))
         if isinstance(error, TrustError):
-            self._state = replace(self._state, refused=_refusal(error, self._state, now))
+            self._state = replace(self._state, refused=self._refusal(error, now))
         with contextlib.suppress(LocalError):
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
+
+    def _refusal(self, error: TrustError, now: float) -> Refusal:
+        """What `status` shows; what was refused for the same reason before keeps its time."""
+        before = self._refused_before
+        since = before.since if before is not None and before.check == error.check else now
+        return Refusal(error.check, error.expected, error.found, error.where, since)
 
     def _end(
         self,
@@ -719,11 +806,13 @@ class Cycle:
         message: str,
         candidate: Candidate,
         commands: tuple[str, ...] = (),
+        *,
+        drive: int,
     ) -> CycleEnd:
         installed = self._state.installed
         return CycleEnd(
             outcome,
-            0,
+            drive,
             message,
             serial=installed.serial if installed else None,
             version=installed.version if installed else None,
@@ -759,6 +848,17 @@ def _blob_differences(file: Path, index: index_format.Index) -> Iterator[Differe
         yield Difference(b".", "content")
 
 
+@contextlib.contextmanager
+def _blamed(origin: Origin) -> Iterator[None]:
+    """Wrong bytes on a drive are damage, not a refusal: it is mended, and nobody lied."""
+    try:
+        yield
+    except (ContentError, MissingError) as error:
+        if origin is not Origin.BACKUP:
+            raise
+        raise LocalError(f"the backup drive is damaged: {error}") from error
+
+
 def _outcome(error: UpdaterError) -> Outcome:
     match error:
         case BusyError():
@@ -768,10 +868,3 @@ def _outcome(error: UpdaterError) -> Outcome:
         case RemoteError():
             return Outcome.UNREACHABLE
     return Outcome.FAILED
-
-
-def _refusal(error: TrustError, state: State, now: float) -> Refusal:
-    since = now
-    if state.refused is not None and state.refused.check == error.check:
-        since = state.refused.since
-    return Refusal(error.check, error.expected, error.found, error.where, since)
