@@ -103,7 +103,8 @@ class Daemon:
     Args:
         program: the command line that every child's command is appended to.
         load: reads the configuration.
-        watch: begins to watch the network, after recovery; None where nothing is watched.
+        watch: begins to watch the network, after recovery; gives None where nothing is watched,
+            and may raise LocalError.
         state_dir: where the lock is.
         live: the file for `status`.
         signals: a descriptor from which the numbers of received signals are read, one byte
@@ -119,7 +120,7 @@ class Daemon:
         *,
         program: Sequence[str],
         load: Callable[[], Configuration],
-        watch: Callable[[Configuration], Watcher] | None,
+        watch: Callable[[Configuration], Watcher | None],
         state_dir: Path,
         live: Path,
         signals: int,
@@ -273,24 +274,26 @@ class Daemon:
         self._phase = "running"
         self._notifier.ready()
         self._events.append(Configured(self._configuration.entries))
-        if self._watch is not None:
-            try:
-                self._watcher = self._watch(self._configuration)
-                self._selector.register(self._watcher, selectors.EVENT_READ, lambda: None)
-            except LocalError as error:
-                self._blind(error)
+        self._look()
 
     def _do_reload(self, now: float) -> None:
         self._reload = False
         self._notifier.reloading(now)
         self._read_configuration()
         self._events.append(Configured(self._configuration.entries))
-        if self._watcher is not None:
-            try:
-                self._watcher.configure(self._configuration)
-            except LocalError as error:
-                self._blind(error)
+        self._look()
         self._notifier.ready()
+
+    def _look(self) -> None:
+        """Watch the network as the configuration says, also where that did not work before."""
+        try:
+            if self._watcher is not None:
+                self._watcher.configure(self._configuration)
+            elif (watcher := self._watch(self._configuration)) is not None:
+                self._watcher = watcher
+                self._selector.register(watcher, selectors.EVENT_READ, lambda: None)
+        except LocalError as error:
+            self._blind(error)
 
     def _read_configuration(self) -> None:
         self._configuration = configuration = self._load()
@@ -350,7 +353,7 @@ class Daemon:
         self._notifier.stopping()
         self._unwatch()
         for child in self._children:
-            child.tell_to_stop()
+            child.tell_to_stop(self._clock.monotonic())
 
     def _blind(self, error: LocalError) -> None:
         log.warning("the network is not watched any longer, only intervals count: %s", error)
@@ -359,8 +362,7 @@ class Daemon:
     def _unwatch(self) -> None:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
-            with contextlib.suppress(KeyError, ValueError):  # it failed before it was registered
-                self._selector.unregister(watcher)
+            self._selector.unregister(watcher)
             watcher.close()
 
     def _silence(self, child: Child) -> float | None:
@@ -368,7 +370,7 @@ class Daemon:
         if child.task.kind is not Kind.STARTUP:
             return self._configuration.settings.daemon.stall_timeout
         # Startup commands take as long as they like, and outlive the child that watches them.
-        return 0.0 if self._phase == "stopping" else None
+        return self._grace if self._phase == "stopping" else None
 
     # What is told
 

@@ -89,6 +89,7 @@ class Service:
         self.watcher: HandWatcher | None = None
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
         self.watchdog: float | None = None
+        self.sightless = False
         self.result: int | BaseException | None = None
         self.loads = 0
         (folder / "calls").touch()
@@ -109,16 +110,18 @@ class Service:
         self.loads += 1
         return self.configuration
 
-    def _watch(self, configuration: Configuration) -> Watcher:
-        assert self.watcher is not None
-        self.notes.append("WATCHING")
+    def _watch(self, configuration: Configuration) -> Watcher | None:
+        if self.sightless:
+            raise LocalError("no netlink here")
+        if self.watcher is not None:
+            self.notes.append("WATCHING")
         return self.watcher
 
     def _run(self) -> None:
         daemon = Daemon(
             program=["/bin/bash", str(FAKE), str(self.folder)],
             load=self._load,
-            watch=None if self.watcher is None else self._watch,
+            watch=self._watch,
             state_dir=self.state,
             live=self.live,
             signals=self.reader,
@@ -384,6 +387,19 @@ def test_a_watcher_that_goes_blind_is_left_out(
     until(lambda: service.called("update a") >= 3)
     assert service.watcher.closed
     assert caplog.text.count("the network is not watched any longer") == 1
+
+
+def test_a_reload_tries_to_watch_again(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    service.sightless = True
+    service.start()
+    until(lambda: service.called("end update a"))
+    assert "no netlink here" in caplog.text
+    service.sightless = False
+    service.watcher = HandWatcher()
+    service.signal(signal.SIGHUP)
+    until(lambda: "WATCHING" in service.notes)
+    service.watcher.say(CameOnline(("a",)))
+    until(lambda: service.called("update a online"))
 
 
 def test_two_daemons_on_one_state_directory(service: Service, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from casync_updater.clock import SystemClock
 from casync_updater.config.configuration import load_configuration
 from casync_updater.daemon import Daemon
 from casync_updater.live import LIVE
+from casync_updater.network import Network
 from casync_updater.tools.notify import Notifier
 
 
@@ -42,16 +43,21 @@ def run(arguments: argparse.Namespace) -> int:
     state = state_dir(arguments)
     # RUNTIME_DIRECTORY is systemd's: memory, which spares an SD card a write a second.
     live = Path(os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or state) / LIVE
+    clock = SystemClock()
     with _signals() as signals:
         return Daemon(
             program=_program(arguments, config),
             load=lambda: load_configuration(config, arguments.settings),
-            watch=None,
+            watch=lambda configuration: (
+                Network(configuration, clock, os.environ)
+                if configuration.settings.online.enabled
+                else None
+            ),
             state_dir=state,
             live=live,
             signals=signals,
             notifier=Notifier.of(os.environ),
-            clock=SystemClock(),
+            clock=clock,
             draw=lambda limit: random.uniform(0.0, limit),  # noqa: S311 - spreads load, no secret
         ).run()
 

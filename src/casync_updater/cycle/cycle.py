@@ -5,6 +5,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from casync_updater.errors import (
     RemoteError,
     TrustError,
     UpdaterError,
+    exit_code,
 )
 from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
@@ -133,6 +135,7 @@ class Cycle:
         self._sources: dict[Origin, Source] = {}
         self._state = State(str(entry.destination))
         self._refused_before: Refusal | None = None
+        self._failures: list[UpdaterError] = []
 
     def run(self, reason: Reason, *, accept_legacy: bool = False) -> CycleEnd:
         """Go through the rooms, and save what came of it.
@@ -304,12 +307,14 @@ class Cycle:
             self._state = commit.exchange(site, self._state, self._folder, journal)
             self._folder.save(self._state)
         commands = self._act(installed.version)
+        problems = "; ".join(map(str, self._failures))
+        self._state = replace(self._state, last_error=problems or None)
         self._folder.save(self._state)
         self._folder.forget_versions(self._state)
         return CycleEnd(
             Outcome.UPDATED,
-            0,
-            hold or "",
+            exit_code(self._failures),
+            "; ".join(filter(None, (hold, problems))),
             serial=installed.serial,
             version=installed.version,
             actions=commands,
@@ -334,26 +339,23 @@ class Cycle:
             assert isinstance(outcome, UpToDate)
             self._renew(outcome.candidate)
             self._note(checked)
-            drive = self._mirror(site, checked)
-            return self._end(
-                Outcome.CURRENT, outcome.note or "up to date", outcome.candidate, drive=drive
-            )
+            self._mirror(site, checked)
+            return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
-            drive = self._mirror(site, checked)
-            return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate, drive=drive)
+            self._mirror(site, checked)
+            return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
         with _blamed(offer.candidate.origin):
             commands = self._installed_somehow(site, offer, checked, reason)
         self._note(checked)
         self._prove(site)
-        drive = self._mirror(site, checked)
+        self._mirror(site, checked)
         self._prune(site)
         return self._end(
             Outcome.UPDATED,
             "repaired" if offer.repair else f"updated to {offer.candidate.version}",
             offer.candidate,
             commands,
-            drive=drive,
         )
 
     def _installed_somehow(
@@ -423,6 +425,8 @@ class Cycle:
             return "is gone"
         if installed.root is not None and found.inode != installed.root.inode:
             return "was replaced"
+        if self._emptied(site, installed):
+            return "is empty"
         now = self._outside.clock.time()
         last = self._state.last_verify
         due = last is None or not 0 <= now - last < self._settings.daemon.verify_interval
@@ -433,6 +437,13 @@ class Cycle:
             return f"differs from what was installed: {mtree.escape(first.path)} ({first.what})"
         self._state = replace(self._state, last_verify=now)
         return None
+
+    def _emptied(self, site: Site, installed: Installed) -> bool:
+        """Whether nothing is left of a tree that had something in it. Looks at its root only."""
+        if not self._entry.is_archive or any(site.destination.iterdir()):
+            return False
+        _, *below = itertools.islice(self._manifest_nodes(installed), 2)
+        return bool(below)
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
@@ -597,8 +608,7 @@ class Cycle:
             return ()
         self._monitor.step(Step.ACT, version)
         acted, self._state = self._actor().act(self._state)
-        if acted.failures:
-            self._state = replace(self._state, last_error="; ".join(acted.failures))
+        self._failures += map(LocalError, acted.failures)
         return acted.commands
 
     def _actor(self) -> Actor:
@@ -649,23 +659,22 @@ class Cycle:
         end = self._go_back(site, older[0], hold=None, bad=(bad,))
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
-    def _mirror(self, site: Site, checked: Checked) -> int:
+    def _mirror(self, site: Site, checked: Checked) -> None:
         """Refresh the backup drive; a failure there does not fail the update.
 
-        Returns:
-            An exit code: 4 for a foreign drive, 1 for one that was damaged, mended or not.
+        It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
+        (and is mended now) or cannot be written.
         """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
-            return 0
+            return
         if not present(location):
             if not self._state.backup_absent:
                 self._log.info("the backup folder of %s is not there", shown(location.index))
             self._state = replace(self._state, backup_absent=True)
-            return 0
+            return
         self._state = replace(self._state, backup_absent=False)
         mirror = Mirror(location, self._folder)
-        damaged = False
         try:
             found = mirror.survey(
                 installed,
@@ -674,37 +683,23 @@ class Cycle:
                 seen=self._state.backup_seen,
                 monitor=self._monitor,
             )
-            damaged = found.condition is Condition.DAMAGED
             if found.condition is Condition.CURRENT:
                 self._state = replace(self._state, backup_seen=found.seen)
-                return 0
-            if damaged:
-                self._log.error("the backup %s is damaged: %s", shown(location.index), found.what)
-            if found.condition is Condition.NEWER or self._is_behind(installed):
-                return int(damaged)
-            if mirror.write_protected:
-                self._log.warning(
-                    "the backup %s is %s (%s), and it is write-protected",
-                    shown(location.index),
-                    found.condition,
-                    found.what,
-                )
-                return int(damaged)
-            self._refresh(mirror, site, installed, checked)
+                return
+            if found.condition is Condition.DAMAGED:
+                what = f"the backup {location.index} was damaged: {found.what}"
+                self._log.error("%s", what)
+                self._failures.append(LocalError(what))
+            if found.condition is not Condition.NEWER and not self._is_behind(installed):
+                self._refresh(mirror, site, installed, checked)
         except StoppedError:
             raise
-        except TrustError as error:
-            self._log.error("the backup drive is foreign, and is not written to: %s", error)
-            self._state = replace(
-                self._state,
-                last_error=f"backup: {error}",
-                refused=self._refusal(error, self._outside.clock.time()),
-            )
-            return error.exit_code
         except UpdaterError as error:
             self._log.error("the backup was not refreshed: %s", error)
-            self._state = replace(self._state, last_error=f"backup: {error}")
-        return int(damaged)
+            self._failures.append(error)
+            if isinstance(error, TrustError):
+                now = self._outside.clock.time()
+                self._state = replace(self._state, refused=self._refusal(error, now))
 
     def _is_behind(self, installed: Installed) -> bool:
         """Whether the device itself knows of something newer: it went back, or cannot install."""
@@ -806,13 +801,16 @@ class Cycle:
         message: str,
         candidate: Candidate,
         commands: tuple[str, ...] = (),
-        *,
-        drive: int,
     ) -> CycleEnd:
+        """The end of a cycle that did its work; what failed beside that is in it as well."""
         installed = self._state.installed
+        problems = "; ".join(map(str, self._failures))
+        if problems:
+            self._state = replace(self._state, last_error=problems)
+            message = f"{message}; {problems}"
         return CycleEnd(
             outcome,
-            drive,
+            exit_code(self._failures),
             message,
             serial=installed.serial if installed else None,
             version=installed.version if installed else None,

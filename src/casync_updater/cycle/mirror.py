@@ -160,21 +160,22 @@ class Mirror:
             now = self._seen(version)
             if now == seen:
                 return Survey(Condition.CURRENT, now)
-            wrong = slots.torn is not None
             unfinished = any(body != version.text for body in slots.bodies)
-            what = [] if slots.torn is None else [str(slots.torn)]
+            missing: list[str] = []
+            wrong = [] if slots.torn is None else [str(slots.torn)]
             for problem in self._problems(version, monitor):
-                what.append(problem.what)
                 # What old clients read is replaced between the two slots.
-                wrong = wrong or (problem.damaged and not (unfinished and problem.beside))
+                damaged = problem.damaged and not (unfinished and problem.beside)
+                (wrong if damaged else missing).append(problem.what)
         except OSError as error:
             raise LocalError(f"{error.filename or self._index}: {error.strerror}") from error
         except RemoteError as error:
             raise LocalError(str(error)) from error
-        if not what and not unfinished:
-            return Survey(Condition.CURRENT, now)
-        words = "; ".join(what[:3]) + (f" and {len(what) - 3} more" if len(what) > 3 else "")
-        return Survey(Condition.DAMAGED if wrong else Condition.INCOMPLETE, what=words)
+        if wrong:
+            return Survey(Condition.DAMAGED, what=_listing(wrong))
+        if missing or unfinished:
+            return Survey(Condition.INCOMPLETE, what=_listing(missing))
+        return Survey(Condition.CURRENT, now)
 
     def _compare(self, version: _Version, slots: Slots) -> Survey | None:
         """Judge by the releases alone; None where the drive should be complete."""
@@ -265,11 +266,6 @@ class Mirror:
                     line = f"{path} {status.st_mode} {status.st_size} {status.st_mtime_ns}\n"
                     whole.update(os.fsencode(line))
         return whole.hexdigest()
-
-    @property
-    def write_protected(self) -> bool:
-        """Whether nothing can be written there."""
-        return not os.access(self._index.parent, os.W_OK)
 
     def refresh(
         self,
@@ -526,6 +522,11 @@ class _Problem:
 
 class _UnclearError(Exception):
     """It is not clear what a drive's other files need: nothing is removed."""
+
+
+def _listing(items: Sequence[str]) -> str:
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return "; ".join(items[:3]) + more
 
 
 def _ref(name: str, data: bytes) -> FileRef:
