@@ -11,9 +11,9 @@ from pathlib import Path
 
 import casync_updater
 from casync_updater.cli.places import state_dir
-from casync_updater.clock import SystemClock
-from casync_updater.config.configuration import load_configuration
-from casync_updater.daemon import Daemon
+from casync_updater.clock import Clock, SystemClock
+from casync_updater.config.configuration import Configuration, load_configuration
+from casync_updater.daemon import Daemon, Watcher
 from casync_updater.live import LIVE
 from casync_updater.tools.notify import Notifier
 
@@ -42,18 +42,26 @@ def run(arguments: argparse.Namespace) -> int:
     state = state_dir(arguments)
     # RUNTIME_DIRECTORY is systemd's: memory, which spares an SD card a write a second.
     live = Path(os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or state) / LIVE
+    clock = SystemClock()
     with _signals() as signals:
         return Daemon(
             program=_program(arguments, config),
             load=lambda: load_configuration(config, arguments.settings),
-            watch=None,
+            watch=lambda configuration: _watch(configuration, clock),
             state_dir=state,
             live=live,
             signals=signals,
             notifier=Notifier.of(os.environ),
-            clock=SystemClock(),
+            clock=clock,
             draw=lambda limit: random.uniform(0.0, limit),  # noqa: S311 - spreads load, no secret
         ).run()
+
+
+def _watch(configuration: Configuration, clock: Clock) -> Watcher:
+    # Loaded here, since a daemon that watches nothing shall not carry it.
+    from casync_updater.online.watcher import NetworkWatcher  # noqa: PLC0415
+
+    return NetworkWatcher(configuration, clock, os.environ)
 
 
 def _program(arguments: argparse.Namespace, config: Path) -> list[str]:
