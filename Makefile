@@ -12,7 +12,10 @@ MAKEFLAGS   += --no-print-directory
 
 # Debian's own interpreter by name: another python3 on PATH lacks Debian's modules.
 PYTHON      := /usr/bin/python3
-PYTEST      := $(PYTHON) -m pytest
+# A folder for temporary files that rm clears afterwards: pytest's own clearing, in later runs,
+# gives up on the very deep trees that some tests make. Its closing line is the last output.
+PYTEST      := scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	TMPDIR="$$scratch" $(PYTHON) -m pytest
 RUFF        := 0.17.6
 WORKERS     ?= 2
 
@@ -32,6 +35,7 @@ BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
 	python3-pytest python3-pytest-xdist
+DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
@@ -102,7 +106,8 @@ venv: ## For developers: the pinned ruff in build/venv (from PyPI)
 
 .PHONY: demo
 demo: deps ## A publisher, a web server and a client, working together before your eyes
-	@PYTHONPATH=src $(PYTHON) tests/demo/demo.py
+	@$(call install,$(DEMO_PACKAGES))
+	PYTHONPATH=src $(PYTHON) tests/demo/demo.py
 
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory

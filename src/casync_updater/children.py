@@ -112,8 +112,9 @@ class Child:
                     case CycleEnd():
                         self.result = report
 
-    def tell_to_stop(self) -> None:
+    def tell_to_stop(self, now: float) -> None:
         """SIGTERM: what is safe to leave is left, what is not is finished first."""
+        self._heard = now  # its silence counts anew
         self._process.send_signal(signal.SIGTERM)
 
     def supervise(self, now: float, silence: float | None, grace: float) -> float | None:
@@ -138,7 +139,7 @@ class Child:
                 extra=fields(self.task.name),
             )
             self._told = now
-            self.tell_to_stop()
+            self.tell_to_stop(now)
         if now < self._told + grace:
             return self._told + grace
         log.error(

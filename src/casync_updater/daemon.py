@@ -283,28 +283,28 @@ class Daemon:
         self._phase = "running"
         self._notifier.ready()
         self._events.append(Configured(self._configuration.entries))
-        self._watch_network()
-
-    def _watch_network(self) -> None:
-        """Begin to watch, go on with the configuration as it is now, or stop."""
-        try:
-            if not self._configuration.settings.online.enabled:
-                self._unwatch()
-            elif self._watcher is None:
-                self._watcher = self._watch(self._configuration)
-                self._selector.register(self._watcher, selectors.EVENT_READ, lambda: None)
-            else:
-                self._watcher.configure(self._configuration)
-        except LocalError as error:
-            self._blind(error)
+        self._look()
 
     def _do_reload(self, now: float) -> None:
         self._reload = False
         self._notifier.reloading(now)
         self._read_configuration()
         self._events.append(Configured(self._configuration.entries))
-        self._watch_network()
+        self._look()
         self._notifier.ready()
+
+    def _look(self) -> None:
+        """Watch the network as the configuration says, also where that did not work before."""
+        try:
+            if not self._configuration.settings.online.enabled:
+                self._unwatch()
+            elif self._watcher is not None:
+                self._watcher.configure(self._configuration)
+            else:
+                self._watcher = self._watch(self._configuration)
+                self._selector.register(self._watcher, selectors.EVENT_READ, lambda: None)
+        except LocalError as error:
+            self._blind(error)
 
     def _read_configuration(self) -> None:
         self._configuration = configuration = self._load()
@@ -367,7 +367,7 @@ class Daemon:
         self._notifier.stopping()
         self._unwatch()
         for child in self._children:
-            child.tell_to_stop()
+            child.tell_to_stop(self._clock.monotonic())
 
     def _blind(self, error: LocalError) -> None:
         log.warning("the network is not watched any longer, only intervals count: %s", error)
@@ -376,8 +376,7 @@ class Daemon:
     def _unwatch(self) -> None:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
-            with contextlib.suppress(KeyError, ValueError):  # it failed before it was registered
-                self._selector.unregister(watcher)
+            self._selector.unregister(watcher)
             watcher.close()
 
     def _silence(self, child: Child) -> float | None:
@@ -385,7 +384,7 @@ class Daemon:
         if child.task.kind is not Kind.STARTUP:
             return self._configuration.settings.daemon.stall_timeout
         # Startup commands take as long as they like, and outlive the child that watches them.
-        return 0.0 if self._phase == "stopping" else None
+        return self._grace if self._phase == "stopping" else None
 
     # What is told
 

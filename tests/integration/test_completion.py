@@ -1,11 +1,14 @@
 """What the shell offers after Tab, asked as bash asks."""
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "completion"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "debian/completion"
 STATUS = '{"entries": [\n{"name": "menu"},\n{"name": "music"}\n]}'
 
 
@@ -35,7 +38,7 @@ def completions(program: str, line: str, folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("casync-updater ver", {"verify", "verify-store"}),
+        ("casync-updater veri", {"verify", "verify-store"}),
         ("casync-updater --sta", {"--state-dir"}),
         ("casync-updater update ^", {"menu", "music"}),
         ("casync-updater --config /x -v update mu", {"music"}),
@@ -55,7 +58,36 @@ def test_publisher_offers_commands_and_configuration_files(tmp_path: Path) -> No
     (tmp_path / "site.json").touch()
     (tmp_path / "notes.txt").touch()
     offered = completions("casync-updater-server", "casync-updater-server ^", tmp_path)
-    assert offered == {"keygen", "resign", "--version", "--help", "site.json"}
+    assert offered == {"keygen", "resign", "--json", "--version", "--help", "site.json"}
     offered = completions("casync-updater-server", "casync-updater-server resign ^", tmp_path)
     assert offered == {"site.json"}
     assert not completions("casync-updater-server", "casync-updater-server keygen ^", tmp_path)
+
+
+def listed(*arguments: str) -> tuple[set[str], set[str]]:
+    """The commands and the long options that the client's own help lists."""
+    text = subprocess.run(
+        [sys.executable, "-m", "casync_updater", *arguments, "--help"],
+        env={"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return set(re.findall(r"^    (\w[\w-]*)  ", text, re.M)), set(re.findall(r"--\w[\w-]*", text))
+
+
+def test_manual_and_completion_know_every_command_and_option(tmp_path: Path) -> None:
+    manual = (FOLDER.parent / "man/casync-updater.1").read_text().replace("\\-", "-")
+    commands, options = listed()
+    assert "update" in commands
+    assert "--config" in options
+    offered = completions("casync-updater", "casync-updater ^", tmp_path)
+    assert commands | options <= offered
+    for command in commands:
+        assert f".It Cm {command}\n" in manual or f".It Cm {command} " in manual
+        _, after = listed(command)
+        offered = completions("casync-updater", f"casync-updater {command} --", tmp_path)
+        assert offered == after - {"--config"}, command
+        options |= after
+    for option in options:
+        assert f"Fl {option.removeprefix('-')}" in manual or f", {option[1:]}" in manual, option

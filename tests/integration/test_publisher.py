@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from casync_updater.errors import ConfigError, LocalError
+from casync_updater.errors import LocalError
 from casync_updater.formats import index as index_format
 from casync_updater.model import FileRef, Mtimes, Publication, Release
 from casync_updater.release import format_release, parse_release
@@ -330,12 +330,6 @@ def test_changes_and_version(bench: Bench) -> None:
     release = bench.publish(changes=log).release
     assert release.version == "1:2.3-1"
     assert release.changes == ("One thing on two lines.", "Another.")
-
-
-def test_a_sign_key_is_never_passed_over(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="signing is not available yet"):
-        bench.publish(sign_keys=("0123456789ABCDEF",))
-    assert list(bench.site.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def digest_of(tree: Path, site: Site) -> str:
 def empty_path(folder: Path, mark: Path) -> str:
     """A PATH on which every program that the client knows only leaves a mark."""
     folder.mkdir()
-    for name in ("casync", "gpgv", "bash", "sh", "systemd-run", "systemctl"):
+    for name in ("setpriv", "casync", "gpgv", "bash", "sh", "systemd-run", "systemctl"):
         script = folder / name
         script.write_text(f'#!/bin/sh\necho {name} "$@" >> {shlex.quote(str(mark))}\nexit 1\n')
         script.chmod(0o755)

@@ -118,6 +118,7 @@ class Machine:
         with contextlib.ExitStack() as stack:
             number = stack.enter_context(_network_number())
             self.host, self.address = f"10.211.{number}.1", f"10.211.{number}.2"
+            self._cgroups = stack.enter_context(_cgroups(self._name))
             stack.callback(shutil.rmtree, self.root)
             stack.callback(self.kill)
             self.root.mkdir(parents=True)
@@ -156,8 +157,14 @@ class Machine:
         with self._console_file.open("wb") as console:
             self._nspawn = subprocess.Popen(
                 [
-                    # nspawn ends with the test process, however that ends, and its system too.
+                    # A control group of its own: without it nspawn puts every container into the
+                    # same one, and each systemd ends the services of the others.
+                    *("sh", "-c", 'for g in $0; do echo $$ >"$g/cgroup.procs"; done; exec "$@"'),
+                    " ".join(map(str, self._cgroups)),
+                    # However the test process ends, all of the machine ends with it. nspawn
+                    # alone would leave the container running when it is killed.
                     *("setpriv", "--pdeathsig", "KILL", "--"),
+                    *("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"),
                     *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit"),
                     *(f"--directory={self.root}", f"--machine={self._name}", "--network-veth"),
                     *("--kill-signal=SIGRTMIN+3", "--resolv-conf=off", "--timezone=off"),
@@ -250,7 +257,8 @@ class Machine:
             AssertionError: it was not off in time.
         """
         assert self._nspawn is not None, "it does not run"
-        os.kill(self._leader, signal.SIGRTMIN + 3)
+        with contextlib.suppress(ProcessLookupError):  # it is off by its own doing already
+            os.kill(self._leader, signal.SIGRTMIN + 3)
         try:
             self._nspawn.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -266,14 +274,10 @@ class Machine:
         """Cut the power: no process gets to do anything any more."""
         if self._nspawn is None:
             return
-        if self._leader:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._leader, signal.SIGKILL)
         self._nspawn.kill()
         self._nspawn.wait()
         self._nspawn = None
-        with contextlib.suppress(AssertionError):
-            self.wait(lambda: not Path(f"/sys/class/net/{self._link}").exists(), "the link's end")
+        self.wait(lambda: not Path(f"/sys/class/net/{self._link}").exists(), "the link's end")
 
     def wait(
         self, condition: Callable[[], object], what: str, *, timeout: float = 30, step: float = 0.1
@@ -306,15 +310,11 @@ class Machine:
         return [*inside, "env", "--ignore-environment", *variables, *argv]
 
     def _find_leader(self) -> bool:
+        """Look for the container's process 1; nspawn has other children before it has that."""
         assert self._nspawn is not None
-        found = subprocess.run(
-            ["pgrep", "--parent", str(self._nspawn.pid)],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.split()
-        self._leader = int(found[0]) if found else 0
-        return bool(found)
+        (nspawn,) = _children(self._nspawn.pid) or [0]
+        self._leader = next(filter(_is_first, _children(nspawn)), 0)
+        return self._leader != 0
 
     def _is_up(self) -> bool:
         return self.output("systemctl", "is-system-running") in ("running", "degraded")
@@ -335,6 +335,22 @@ class Machine:
         resolv.touch()
 
 
+def _children(pid: int) -> list[int]:
+    argv = ["pgrep", "--parent", str(pid)]
+    found = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+    return [int(child) for child in found.split()]
+
+
+def _is_first(pid: int) -> bool:
+    """Whether a process is number 1 of the container's namespace (the third, with unshare's)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    numbers = next(line for line in lines if line.startswith("NSpid:")).split()[1:]
+    return len(numbers) > 2 and numbers[-1] == "1"
+
+
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
@@ -350,6 +366,34 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _cgroups(name: str) -> Iterator[list[Path]]:
+    """Control groups below this process's own, in the hierarchies that systemd uses."""
+    groups = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" or controllers == "name=systemd":
+            kind = "cgroup2" if number == "0" else controllers
+            groups.append(_cgroup_mount(kind) / path.lstrip("/") / f"casync-updater-test-{name}")
+    for group in groups:
+        group.mkdir()
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            for folder, _, _ in os.walk(group, topdown=False):
+                Path(folder).rmdir()
+
+
+def _cgroup_mount(kind: str) -> Path:
+    """Where the hierarchy of a kind, ``cgroup2`` or a name of version 1, is mounted."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, filesystem, options, *_ = line.split()
+        if filesystem == kind or (filesystem == "cgroup" and kind in options.split(",")):
+            return Path(place)
+    raise AssertionError(f"no control groups of the kind {kind} are mounted")
 
 
 @contextlib.contextmanager

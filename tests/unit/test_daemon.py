@@ -97,6 +97,7 @@ class Service:
         self.watcher = HandWatcher()
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
         self.watchdog: float | None = None
+        self.sightless = False
         self.result: int | BaseException | None = None
         self.loads = 0
         (folder / "calls").touch()
@@ -118,6 +119,8 @@ class Service:
         return self.configuration
 
     def _watch(self, configuration: Configuration) -> Watcher:
+        if self.sightless:
+            raise LocalError("no netlink here")
         self.notes.append("WATCHING")
         return self.watcher
 
@@ -378,6 +381,36 @@ def test_online_and_drives_start_cycles(service: Service) -> None:
     until(lambda: service.called("update a media"))
 
 
+def test_the_watcher_and_the_cycles_know_of_each_other(service: Service) -> None:
+    service.watcher.offline.add("a")
+    service.behave("update-a", "result unreachable")
+    service.start()
+    until(lambda: service.called("update a start,offline") and service.watcher.ended)
+    service.behave("update-a", "result current")
+    service.watcher.offline.clear()
+    service.watcher.say(CameOnline(("a",)))
+    until(lambda: len(service.watcher.ended) == 2)
+    assert "update a online" in service.calls()
+    assert service.watcher.ended == [("a", False), ("a", True)]
+    until(lambda: read_live(service.state)["entries"].get("a", {}).get("reason") == "online")
+
+
+def test_what_is_switched_off_is_not_watched(service: Service) -> None:
+    off = replace(service.settings, online=OnlineSettings(enabled=False))
+    service.configuration = replace(service.configuration, settings=off)
+    service.start()
+    until(lambda: service.called("end update a"))
+    assert "WATCHING" not in service.notes
+    assert read_live(service.state)["online"] is None
+    service.configuration = replace(service.configuration, settings=service.settings)
+    service.signal(signal.SIGHUP)
+    until(lambda: read_live(service.state).get("online"))
+    service.configuration = replace(service.configuration, settings=off)
+    service.signal(signal.SIGHUP)
+    until(lambda: service.watcher.closed)
+    until(lambda: read_live(service.state)["online"] is None)
+
+
 def test_a_watcher_that_goes_blind_is_left_out(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -387,6 +420,19 @@ def test_a_watcher_that_goes_blind_is_left_out(
     until(lambda: service.called("update a") >= 3)
     assert service.watcher.closed
     assert caplog.text.count("the network is not watched any longer") == 1
+
+
+def test_a_reload_tries_to_watch_again(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    service.sightless = True
+    service.start()
+    until(lambda: service.called("end update a"))
+    assert "no netlink here" in caplog.text
+    service.sightless = False
+    service.watcher = HandWatcher()
+    service.signal(signal.SIGHUP)
+    until(lambda: "WATCHING" in service.notes)
+    service.watcher.say(CameOnline(("a",)))
+    until(lambda: service.called("update a online"))
 
 
 def test_two_daemons_on_one_state_directory(service: Service, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _watch(configuration: Configuration, clock: Clock) -> Watcher:
     # Loaded here, since a daemon that watches nothing shall not carry it.
-    from casync_updater.online.watcher import NetworkWatcher  # noqa: PLC0415
+    from casync_updater.network import Network  # noqa: PLC0415
 
-    return NetworkWatcher(configuration, clock, os.environ)
+    return Network(configuration, clock, os.environ)
 
 
 def _program(arguments: argparse.Namespace, config: Path) -> list[str]:

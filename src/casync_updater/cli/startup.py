@@ -6,6 +6,7 @@ import math
 import sys
 
 from casync_updater.cli.context import LOG, chosen, surroundings
+from casync_updater.cycle.stop import StoppedError
 from casync_updater.errors import ConfigError, LocalError
 from casync_updater.logs import fields
 from casync_updater.model import Entry, Reason, Settings
@@ -26,8 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
         skip = json.load(sys.stdin)
     except ValueError as error:
         raise ConfigError("standard input: a JSON array of commands is expected") from error
-    with surroundings(arguments, configuration.settings) as outside:
-        return start_up(entry, configuration.settings, outside.runner, skip)
+    try:
+        with surroundings(arguments, configuration.settings) as outside:
+            return start_up(entry, configuration.settings, outside.runner, skip)
+    except StoppedError:
+        return 0  # the service ends; what was started goes on by itself
 
 
 def start_up(entry: Entry, settings: Settings, runner: ActionRunner, skip: list[str]) -> int:

@@ -5,6 +5,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from casync_updater.errors import (
     RemoteError,
     TrustError,
     UpdaterError,
+    exit_code,
 )
 from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
@@ -130,6 +132,7 @@ class Cycle:
         self._spool = outside.cache_dir / entry.name / "chunks.castr"
         self._sources: dict[Origin, Source] = {}
         self._state = State(str(entry.destination))
+        self._failures: list[UpdaterError] = []
 
     def run(self, reason: Reason, *, accept_legacy: bool = False) -> CycleEnd:
         """Go through the rooms, and save what came of it.
@@ -300,12 +303,14 @@ class Cycle:
             self._state = commit.exchange(site, self._state, self._folder, journal)
             self._folder.save(self._state)
         commands = self._act(installed.version)
+        problems = "; ".join(map(str, self._failures))
+        self._state = replace(self._state, last_error=problems or None)
         self._folder.save(self._state)
         self._folder.forget_versions(self._state)
         return CycleEnd(
             Outcome.UPDATED,
-            0,
-            hold or "",
+            exit_code(self._failures),
+            "; ".join(filter(None, (hold, problems))),
             serial=installed.serial,
             version=installed.version,
             actions=commands,
@@ -387,6 +392,8 @@ class Cycle:
             return "is gone"
         if installed.root is not None and found.inode != installed.root.inode:
             return "was replaced"
+        if self._emptied(site, installed):
+            return "is empty"
         now = self._outside.clock.time()
         last = self._state.last_verify
         due = last is None or not 0 <= now - last < self._settings.daemon.verify_interval
@@ -397,6 +404,13 @@ class Cycle:
             return f"differs from what was installed: {mtree.escape(first.path)} ({first.what})"
         self._state = replace(self._state, last_verify=now)
         return None
+
+    def _emptied(self, site: Site, installed: Installed) -> bool:
+        """Whether nothing is left of a tree that had something in it. Looks at its root only."""
+        if not self._entry.is_archive or any(site.destination.iterdir()):
+            return False
+        _, *below = itertools.islice(self._manifest_nodes(installed), 2)
+        return bool(below)
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
@@ -555,8 +569,7 @@ class Cycle:
             return ()
         self._monitor.step(Step.ACT, version)
         acted, self._state = self._actor().act(self._state)
-        if acted.failures:
-            self._state = replace(self._state, last_error="; ".join(acted.failures))
+        self._failures += map(LocalError, acted.failures)
         return acted.commands
 
     def _actor(self) -> Actor:
@@ -635,7 +648,10 @@ class Cycle:
             raise
         except UpdaterError as error:
             self._log.error("the backup was not refreshed: %s", error)
-            self._state = replace(self._state, last_error=f"backup: {error}")
+            self._failures.append(error)
+            if isinstance(error, TrustError):
+                now = self._outside.clock.time()
+                self._state = replace(self._state, refused=_refusal(error, self._state, now))
         else:
             self._log.info(
                 "refreshed the backup %s: %d chunks, %.1f MB",
@@ -720,10 +736,15 @@ class Cycle:
         candidate: Candidate,
         commands: tuple[str, ...] = (),
     ) -> CycleEnd:
+        """The end of a cycle that did its work; what failed beside that is in it as well."""
         installed = self._state.installed
+        problems = "; ".join(map(str, self._failures))
+        if problems:
+            self._state = replace(self._state, last_error=problems)
+            message = f"{message}; {problems}"
         return CycleEnd(
             outcome,
-            0,
+            exit_code(self._failures),
             message,
             serial=installed.serial if installed else None,
             version=installed.version if installed else None,

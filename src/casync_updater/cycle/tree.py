@@ -5,6 +5,7 @@ manifest way can leave paths out that belong to the device, and names what diffe
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -30,6 +31,13 @@ _TYPES = {
     stat.S_IFIFO: "fifo",
     stat.S_IFSOCK: "socket",
 }
+_CAPABILITY = "security.capability"
+_XATTR_FEATURES = (
+    ("system.posix_acl", "acl"),
+    (_CAPABILITY, "fcaps"),
+    ("security.selinux", "selinux"),
+)
+"""Attributes that an archive carries by a feature of their own, not as ``xattrs``."""
 _TIME_GRAINS = {
     "nsec-time": 1,
     "usec-time": 1_000,
@@ -60,8 +68,9 @@ def cut(path: Path, index: Index) -> Iterator[tuple[ChunkRef, bytes]]:
                 buffer += piece
             yield ref, bytes(buffer[: ref.size])
             del buffer[: ref.size]
-        if path.is_dir() and (buffer or next(pieces, b"") != b""):
-            # A tree with something more: a piece of no chunk, which no id fits.
+        if not path.is_block_device() and (buffer or next(pieces, b"") != b""):
+            # A tree or file with something more: a piece of no chunk, which no id fits. A block
+            # device is as long as it is.
             yield ChunkRef(b"", index.size, 0), bytes(buffer)
 
 
@@ -116,6 +125,9 @@ def differences(
         hash_name: hashlib's name of what the manifest's digests are made with.
         preserve: relative paths that belong to the device; neither they nor what is below
             them is looked at.
+
+    Raises:
+        OSError: something in the tree cannot be read.
     """
     grain = next((_TIME_GRAINS[name] for name in _TIME_GRAINS if name in features), None)
     kept = {os.fsencode(path) for path in preserve}
@@ -124,25 +136,37 @@ def differences(
     for node in nodes:
         while branch and not _below(node.path, branch[-1][0]):
             yield from _extras(*branch.pop(), kept)
+        if any(_is_or_below(node.path, path) for path in kept):
+            continue
+        folder, _, name = node.path.rpartition(b"/")
+        if node.path != b"." and (not branch or branch[-1][0] != (folder or b".")):
+            # Its folder is gone, or is a symbolic link that leads out of the tree.
+            yield Difference(node.path, "missing")
+            continue
         if branch:
-            branch[-1][1].discard(node.path.rpartition(b"/")[2])
+            branch[-1][1].discard(name)
         path = base if node.path == b"." else base + b"/" + node.path
         try:
             status = os.lstat(path)
+            what = _what_differs(path, status, node, grain, hash_name)
+            names = set(os.listdir(path)) if node.type == "dir" and what != "type" else None
         except (FileNotFoundError, NotADirectoryError):
             yield Difference(node.path, "missing")
             continue
-        what = _what_differs(path, status, node, grain, hash_name)
         if what is not None:
             yield Difference(node.path, what)
-        if node.type == "dir" and stat.S_ISDIR(status.st_mode):
-            branch.append((node.path, set(os.listdir(path))))
+        if names is not None:
+            branch.append((node.path, names))
     while branch:
         yield from _extras(*branch.pop(), kept)
 
 
 def _below(path: bytes, folder: bytes) -> bool:
     return folder == b"." or path.startswith(folder + b"/")
+
+
+def _is_or_below(path: bytes, other: bytes) -> bool:
+    return path == other or path.startswith(other + b"/")
 
 
 def _extras(folder: bytes, names: set[bytes], kept: set[bytes]) -> Iterator[Difference]:
@@ -184,9 +208,18 @@ def _what_differs(
     return None
 
 
-def _hash(path: bytes, hash_name: str) -> str:
+def _hash(path: bytes, hash_name: str) -> str | None:
+    """A file's hash; None where something else took its place since it was looked at."""
     whole = hashlib.new(hash_name)
-    with open(path, "rb") as file:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
         for piece in _pieces(file):
             whole.update(piece)
     return whole.hexdigest()
@@ -203,16 +236,18 @@ def as_changes(found: Iterable[Difference]) -> Changes:
     return Changes(*(tuple(paths) for paths in by_kind.values()))
 
 
-def carry_over(new: Path, old: Path | None, *, features: Iterable[str]) -> None:
+def carry_over(new: Path, old: Path | None, *, parent: Path, features: Iterable[str]) -> None:
     """Give a new tree what its archive does not carry, as updating in place would have kept it.
 
     Owner, group, mode and extended attributes come from the same path in the old tree; nodes
-    that are new get the owner of the parent folder, and 0755 or 0644. (casync itself makes the
-    folders of an archive without modes 0700.)
+    that are new get the owner of the folder they are in, and 0755 or 0644. (casync itself makes
+    the folders of an archive without modes 0700.) A user who may not give files away keeps
+    them, and sets what he may.
 
     Args:
         new: the tree, freshly extracted; a file where the archive is that of a file.
         old: the tree that it follows; None where there is none.
+        parent: the folder of the destination; its owner gets a tree that follows none.
         features: what the archive carries.
 
     Raises:
@@ -221,20 +256,68 @@ def carry_over(new: Path, old: Path | None, *, features: Iterable[str]) -> None:
     carried = frozenset(features)
     no_modes = carried.isdisjoint({"permissions", "read-only", "acl"})
     no_owners = carried.isdisjoint({"16bit-uids", "32bit-uids", "user-names"})
-    no_xattrs = "xattrs" not in carried
-    parent = new.parent.parent.stat()
+    owners = _Owners(os.fsencode(new), old, parent)
     for path in _walk(os.fsencode(new)):
         status = os.lstat(path)
         before = _counterpart(path, os.fsencode(new), old, status)
-        if no_owners:
-            owner = before[1] if before else parent
-            if (owner.st_uid, owner.st_gid) != (status.st_uid, status.st_gid):
-                os.lchown(path, owner.st_uid, owner.st_gid)
-        if no_xattrs and before:
-            _copy_xattrs(before[0], path, skip_acl="acl" in carried)
-        if no_modes and not stat.S_ISLNK(status.st_mode):
+        mode = stat.S_IMODE(status.st_mode)
+        if no_modes:
             plain = 0o755 if stat.S_ISDIR(status.st_mode) else 0o644
-            os.chmod(path, stat.S_IMODE(before[1].st_mode) if before else plain)
+            mode = stat.S_IMODE(before[1].st_mode) if before else plain
+        own = {name: os.getxattr(path, name) for name in _lost_with_owner(path, status)}
+        if no_owners:
+            owner = (before[1].st_uid, before[1].st_gid) if before else owners.of_new(path)
+            if owner != (status.st_uid, status.st_gid):
+                with _allowed():
+                    os.lchown(path, *owner)
+        for name, value in own.items():
+            os.setxattr(path, name, value)
+        if before:
+            _copy_xattrs(before[0], path, carried)
+        # Last: a new owner clears setuid bits, and an ACL changes the bits of the group.
+        if not stat.S_ISLNK(status.st_mode) and stat.S_IMODE(os.lstat(path).st_mode) != mode:
+            os.chmod(path, mode)
+
+
+class _Owners:
+    """Who owns what is new: the owner of the nearest folder that was there before."""
+
+    def __init__(self, new: bytes, old: Path | None, parent: Path) -> None:
+        self._new = new
+        self._old = old
+        status = parent.stat()
+        self._known = {os.path.dirname(new): (status.st_uid, status.st_gid)}
+
+    def of_new(self, path: bytes) -> tuple[int, int]:
+        climbed = []
+        folder = os.path.dirname(path)
+        while folder not in self._known:
+            before = _counterpart(folder, self._new, self._old, os.lstat(folder))
+            if before is not None:
+                self._known[folder] = (before[1].st_uid, before[1].st_gid)
+            else:
+                climbed.append(folder)
+                folder = os.path.dirname(folder)
+        owner = self._known[folder]
+        self._known.update(dict.fromkeys(climbed, owner))
+        return owner
+
+
+def _lost_with_owner(path: bytes, status: os.stat_result) -> tuple[str, ...]:
+    """Attributes that a change of owner removes: the file's capabilities."""
+    if stat.S_ISREG(status.st_mode) and _CAPABILITY in os.listxattr(path):
+        return (_CAPABILITY,)
+    return ()
+
+
+@contextlib.contextmanager
+def _allowed() -> Iterator[None]:
+    """Let a user without privileges go on where only root may do something."""
+    try:
+        yield
+    except PermissionError:
+        if os.geteuid() == 0:
+            raise
 
 
 def _walk(root: bytes) -> Iterator[bytes]:
@@ -265,9 +348,11 @@ def _counterpart(
     return (before, found) if stat.S_IFMT(found.st_mode) == stat.S_IFMT(status.st_mode) else None
 
 
-def _copy_xattrs(source: bytes, target: bytes, *, skip_acl: bool) -> None:
+def _copy_xattrs(source: bytes, target: bytes, carried: frozenset[str]) -> None:
     for name in os.listxattr(source, follow_symlinks=False):
-        if skip_acl and name.startswith("system.posix_acl"):
+        feature = next((f for prefix, f in _XATTR_FEATURES if name.startswith(prefix)), "xattrs")
+        if feature in carried:
             continue
         value = os.getxattr(source, name, follow_symlinks=False)
-        os.setxattr(target, name, value, follow_symlinks=False)
+        with _allowed():
+            os.setxattr(target, name, value, follow_symlinks=False)

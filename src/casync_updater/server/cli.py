@@ -8,42 +8,99 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from casync_updater import __version__
 from casync_updater.clock import Clock, SystemClock
 from casync_updater.config.publications import load_publications
 from casync_updater.errors import ConfigError, UpdaterError
 from casync_updater.model import Publication
-from casync_updater.server.publish import Published, Status, publish
+from casync_updater.server import keygen
+from casync_updater.server.build import Reporter
+from casync_updater.server.publish import Published, Status, publish, resign
+from casync_updater.server.signing import passphrase_file
 
+_PROGRAM = "casync-updater-server"
 _UMASK = 0o022
 _MIB = 1 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Publish what a configuration file lists.
+    """Publish what a configuration file lists, or run one of the other commands.
 
     Returns:
         0 where every entry is published or unchanged, 1 where one is not, 2 where the
         configuration kept all of them from being tried.
     """
-    parser = argparse.ArgumentParser(
-        prog="casync-updater-server",
-        description="Publish directories, files and block devices as casync indexes and stores.",
-    )
-    parser.add_argument("config", type=Path, metavar="CONFIG.json", help="what to publish where")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    arguments = parser.parse_args(argv)
-    # casync and this program create what a web server will read, also under root's umask 077.
-    os.umask(_UMASK)
+    words = sys.argv[1:] if argv is None else list(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        outcomes = _publish_all(arguments.config, SystemClock())
+        if words[:1] == ["keygen"]:
+            return keygen.main(_keygen_parser().parse_args(words[1:]))
+        if words[:1] == ["resign"]:
+            return _for_all(_resign_parser().parse_args(words[1:]), resign)
+        return _for_all(_publish_parser().parse_args(words), publish)
+    except UpdaterError as error:
+        for line in str(error).splitlines():
+            print(f"{_PROGRAM}: {line}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped; what was published before is as it was", file=sys.stderr)
         return 1
+
+
+def _publish_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [--json] CONFIG.json\n"
+        f"       {_PROGRAM} resign [--json] CONFIG.json\n"
+        f"       {_PROGRAM} keygen FOLDER --owner OWNER",
+        description="Publish directories, files and block devices as casync indexes and stores."
+        " resign renews the dates and signatures of what is published; keygen makes keys.",
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
+    return _of_entries(parser)
+
+
+def _resign_parser() -> argparse.ArgumentParser:
+    return _of_entries(
+        argparse.ArgumentParser(
+            prog=f"{_PROGRAM} resign",
+            description="Renew the dates and signatures of what is published; content and serial"
+            " stay as they are.",
+        )
+    )
+
+
+def _of_entries(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("config", type=Path, metavar="CONFIG.json", help="what to publish where")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    return parser
+
+
+def _keygen_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROGRAM} keygen",
+        description="Make a working key, a spare, and the keyring of both for the devices.",
+    )
+    keygen.add_arguments(parser)
+    return parser
+
+
+class Work(Protocol):
+    """`publish` or `resign`."""
+
+    def __call__(
+        self, publication: Publication, clock: Clock, reporter: Reporter, *, passphrase: Path | None
+    ) -> Published:
+        """Do it for one entry."""
+
+
+def _for_all(arguments: argparse.Namespace, work: Work) -> int:
+    """Do the same for every entry of a configuration; each is tried."""
+    # casync and this program create what a web server will read, also under root's umask 077.
+    os.umask(_UMASK)
+    outcomes = _outcomes(arguments.config, SystemClock(), work)
     if arguments.json:
         print(json.dumps({"entries": [outcome.as_json() for outcome in outcomes]}, indent=2))
     else:
@@ -97,20 +154,23 @@ class Outcome:
         }
 
 
-def _publish_all(config: Path, clock: Clock) -> list[Outcome]:
+def _outcomes(config: Path, clock: Clock, work: Work) -> list[Outcome]:
     loaded = load_publications(config)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    passphrase = passphrase_file(os.environ)
     outcomes = [Outcome(None, error=ConfigError(problem)) for problem in loaded.problems]
-    outcomes += [_publish_one(publication, clock) for publication in loaded.entries]
+    outcomes += [_outcome(publication, clock, work, passphrase) for publication in loaded.entries]
     return outcomes
 
 
-def _publish_one(publication: Publication, clock: Clock) -> Outcome:
+def _outcome(
+    publication: Publication, clock: Clock, work: Work, passphrase: Path | None
+) -> Outcome:
     name = str(publication.index)
     reporter = Reports(name, sys.stderr, clock)
     try:
-        published = publish(publication, clock, reporter)
+        published = work(publication, clock, reporter, passphrase=passphrase)
     except UpdaterError as error:
         return Outcome(name, tuple(reporter.messages), error=error)
     finally:

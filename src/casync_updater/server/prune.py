@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casync_updater.errors import ContentError, LocalError
-from casync_updater.release import parse_release
 from casync_updater.server import record
 from casync_updater.server.places import Store
 
@@ -63,7 +62,7 @@ def alive_files(folder: Path) -> set[str]:
     alive = record.read_folder(folder).files()
     for path in folder.glob("*.release"):
         try:
-            alive.update(record.Kept.of(parse_release(path.read_bytes(), str(path))).files)
+            alive.update(record.Kept.of(record.read_release(path)).files)
         except (OSError, ContentError) as error:
             raise LocalError(f"nothing below {folder}/by-hash is removed: {error}") from error
     return alive

@@ -35,8 +35,10 @@ from casync_updater.server.build import (
 from casync_updater.server.news import News, read_news
 from casync_updater.server.places import Site, Store, Usage, locked, make_folder
 from casync_updater.server.prune import alive_files, prune_by_hash, prune_store, sweep
+from casync_updater.server.signing import Standing, public_keys, sign, standing
 from casync_updater.syscalls import sync_file_system
 from casync_updater.tools.process import ProgramError
+from casync_updater.trust import unwrap
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded")
@@ -60,8 +62,16 @@ class Published:
     usage: Usage
 
 
-def publish(publication: Publication, clock: Clock, reporter: Reporter) -> Published:
+def publish(
+    publication: Publication, clock: Clock, reporter: Reporter, *, passphrase: Path | None = None
+) -> Published:
     """Publish a source, or find that it is published already.
+
+    Args:
+        publication: what is published where, and which keys sign it.
+        clock: gives serial and dates.
+        reporter: told what happens.
+        passphrase: a file whose first line unlocks the keys; None leaves asking to the agent.
 
     Raises:
         ConfigError: the entry asks for what cannot be.
@@ -79,16 +89,43 @@ def publish(publication: Publication, clock: Clock, reporter: Reporter) -> Publi
             locked(store.path, clock, reporter.say),
             site.staged(),
         ):
-            return _Publisher(publication, site, store, clock, reporter).run()
+            return _Publisher(
+                publication, site, store, clock, reporter, passphrase=passphrase
+            ).run()
+
+
+def resign(
+    publication: Publication, clock: Clock, reporter: Reporter, *, passphrase: Path | None = None
+) -> Published:
+    """Renew date, Valid-Until and signatures of what is published; content and serial stay.
+
+    The source is not looked at, so it need not be there.
+
+    Args:
+        publication: see `publish`.
+        clock: gives the dates.
+        reporter: told what happens.
+        passphrase: see `publish`.
+
+    Raises:
+        ConfigError: no key of `sign_keys` can sign, or none signed what is published.
+        BusyError: another publisher does not finish.
+        LocalError: nothing is published yet, it is damaged, or it cannot be written.
+    """
+    with _own_errors():
+        site = Site(publication.index)
+        store = Store(publication.store)
+        for place in (site.folder, store.path):
+            if not place.is_dir():
+                raise LocalError(f"the folder {place} does not exist: publish first")
+        with locked(site.folder, clock, reporter.say), site.staged():
+            return _Publisher(
+                publication, site, store, clock, reporter, passphrase=passphrase
+            ).resign()
 
 
 def _check(publication: Publication) -> None:
     source, index, store = publication.source, publication.index, publication.store
-    if publication.sign_keys:
-        raise ConfigError(
-            f"{publication.file}: {index.name}: signKey: signing is not available yet; an unsigned"
-            " release in its place would not be what you asked for"
-        )
     if not source.exists():
         raise LocalError(f"the source {source} does not exist")
     if publication.is_archive and not source.is_dir():
@@ -137,25 +174,69 @@ class _Publisher:
     """One publication under way; both locks are held."""
 
     def __init__(
-        self, publication: Publication, site: Site, store: Store, clock: Clock, reporter: Reporter
+        self,
+        publication: Publication,
+        site: Site,
+        store: Store,
+        clock: Clock,
+        reporter: Reporter,
+        *,
+        passphrase: Path | None,
     ) -> None:
         self.publication = publication
         self.site = site
         self.store = store
         self.reporter = reporter
+        self.passphrase = passphrase
         self.now = float(int(clock.time()))
         self.current = _read_release(site)
+        self.standing = self._standing()
         self.existing = _read_index(site, self.current)
-        self.news = read_news(publication)
+
+    def _standing(self) -> Standing:
+        """Whether the current release may be trusted and signed again.
+
+        Whoever can write to the site can write an unsigned release there: only what is compared
+        with the source, or was signed by one of the keys before, gets a signature.
+        """
+        body = b"" if self.current is None else self.site.beside(".release").read_bytes()
+        if self.publication.sign_keys:
+            keys = public_keys(self.publication.sign_keys, passphrase=self.passphrase)
+            return standing(body, keys, now=self.now)
+        if body != unwrap(body):
+            raise ConfigError(
+                f"{self.publication.file}: {self.site.index.name}: signKey: it is not set, and the"
+                " release before was signed: devices that know it take only signed ones. Name the"
+                f" key; if signing shall end, take the signature out of"
+                f" {self.site.beside('.release')} by hand"
+            )
+        return Standing.COMPLETE
+
+    def resign(self) -> Published:
+        """Renew dates and signatures only."""
+        release = self.current
+        if release is None or self.existing is None:
+            raise LocalError(f"{self.site.index} has no release yet: publish first")
+        if self.standing is Standing.FOREIGN:
+            raise ConfigError(
+                f"{self.publication.file}: {self.site.index.name}: signKey: the release that is"
+                " published was signed by none of these keys, so it may be anybody's: publish"
+                " again, which compares it with the source"
+            )
+        usage = Usage(0, len({ref.id for ref in self.existing}), 0, release.store_size)
+        release = replace(release, date=self.now, valid_until=self._valid_until())
+        self._write_release(release, self._sealed(release))
+        return Published(Status.RENEWED, release, usage)
 
     def run(self) -> Published:
+        news = read_news(self.publication)
         how = recipe(self.publication, self.existing)
         for warning in how.warnings:
             self.reporter.say(warning)
         self._look_at_room()
         since, interrupted = self.store.begin()
         try:
-            result = self._publish(how, since, interrupted)
+            result = self._publish(how, news, since, interrupted)
             if interrupted:
                 sweep(self.store, since)
         except BaseException as error:
@@ -179,7 +260,7 @@ class _Publisher:
                 " works only if it can be compressed well"
             )
 
-    def _publish(self, how: Recipe, since: int, interrupted: bool) -> Published:
+    def _publish(self, how: Recipe, news: News, since: int, interrupted: bool) -> Published:
         maker = Maker(
             self.publication.source.resolve(),
             how,
@@ -195,7 +276,7 @@ class _Publisher:
             current.digest,
             current.index.sha256,
         )
-        if same and current is not None:
+        if same and current is not None and self.standing is not Standing.FOREIGN:
             mtree = current.mtree
             if interrupted or usage.chunks_new or not self._has(mtree):
                 mtree = read_back(built, self.store, self.reporter)
@@ -205,9 +286,11 @@ class _Publisher:
         else:
             mtree = read_back(built, self.store, self.reporter)
         sync_file_system(self.store.path)
-        release = self._release(built, mtree, self.store.usage(ids, since))
+        release = self._release(built, mtree, self.store.usage(ids, since), news)
+        body = self._sealed(release)
         self._remember(release)
         self._show(built, release)
+        self._write_release(release, body)
         return Published(Status.PUBLISHED, release, usage)
 
     def _previous_mtree(self) -> Path | None:
@@ -217,7 +300,7 @@ class _Publisher:
             return None
         return self.site.by_hash(mtree.sha256)
 
-    def _release(self, built: Built, mtree: FileRef | None, usage: Usage) -> Release:
+    def _release(self, built: Built, mtree: FileRef | None, usage: Usage, news: News) -> Release:
         serial = int(self.now)
         if self.current is not None and serial <= self.current.serial:
             serial = self.current.serial + 1
@@ -234,7 +317,7 @@ class _Publisher:
             )
         return Release(
             project=self.publication.project,
-            version=_version(self.publication, self.news, self.now),
+            version=_version(self.publication, news, self.now),
             serial=serial,
             date=self.now,
             valid_until=self._valid_until(),
@@ -244,7 +327,7 @@ class _Publisher:
             features=built.index.features,
             archive_size=built.index.size,
             store_size=usage.bytes_total,
-            changes=self.news.changes,
+            changes=news.changes,
         )
 
     def _valid_until(self) -> float | None:
@@ -253,15 +336,17 @@ class _Publisher:
 
     def _keep(self, built: Built, current: Release, usage: Usage) -> Published:
         """The source did not change: mend what is not as the release says, and touch no more."""
-        release = current
-        if self._is_due(current):
+        release, body = current, None
+        if self._is_due(current) or self.standing is not Standing.COMPLETE:
             release = replace(current, date=self.now, valid_until=self._valid_until())
+            body = self._sealed(release)
         self._remember(release)
         for name in self._show(built, release):
-            if release == current:
-                self.reporter.say(f"{name} was missing or damaged and has been restored")
-        status = Status.UNCHANGED if release == current else Status.RENEWED
-        return Published(status, release, usage)
+            self.reporter.say(f"{name} was missing or damaged and has been restored")
+        if body is None:
+            return Published(Status.UNCHANGED, release, usage)
+        self._write_release(release, body)
+        return Published(Status.RENEWED, release, usage)
 
     def _is_due(self, current: Release) -> bool:
         """True where the dates of an unchanged release should be renewed."""
@@ -298,7 +383,7 @@ class _Publisher:
             record.write_store(self.store.path, grown)
 
     def _show(self, built: Built, release: Release) -> list[str]:
-        """Let the files of a release become visible, the release last.
+        """Let the files that a release lists become visible.
 
         Returns:
             The names of those that were not there already.
@@ -317,15 +402,24 @@ class _Publisher:
             if not _holds(target, ref):
                 self._copy(path, ref, target)
                 shown.append(str(target.relative_to(self.site.folder)))
-        documents = [(".cks", release.digest.encode())]
-        if release != self.current:
-            documents.append((".release", sealed(format_release(release), self.publication)))
-        for suffix, data in documents:
-            target = self.site.beside(suffix)
-            if _content(target) != data:
-                self.site.write(data, target)
-                shown.append(target.name)
+        digest, target = release.digest.encode(), self.site.beside(".cks")
+        if _content(target) != digest:
+            self.site.write(digest, target)
+            shown.append(target.name)
         return shown
+
+    def _sealed(self, release: Release) -> bytes:
+        """The bytes that are published for a release.
+
+        Made before any of its files is visible: a key that cannot sign leaves the site alone.
+        """
+        text = format_release(release).encode()
+        keys = self.publication.sign_keys
+        return sign(text, keys, passphrase=self.passphrase, now=self.now) if keys else text
+
+    def _write_release(self, release: Release, body: bytes) -> None:
+        assert parse_release(unwrap(body), "the new release") == release
+        self.site.write(body, self.site.beside(".release"))
 
     def _copy(self, staged: Path, ref: FileRef, target: Path) -> None:
         """Install a copy; where nothing was staged, the immutable one is the original."""
@@ -350,12 +444,6 @@ class _Publisher:
             self.reporter.say(
                 f"removed {pruned.chunks} chunks ({pruned.bytes} bytes) that no kept release needs"
             )
-
-
-def sealed(text: str, publication: Publication) -> bytes:
-    """The bytes that are published for a release's text; this is where it will be signed."""
-    assert not publication.sign_keys
-    return text.encode()
 
 
 def _version(publication: Publication, news: News, now: float) -> str:
@@ -391,7 +479,7 @@ def _read_index(site: Site, current: Release | None) -> Index | None:
 def _read_release(site: Site) -> Release | None:
     path = site.beside(".release")
     try:
-        return parse_release(path.read_bytes(), str(path))
+        return record.read_release(path)
     except FileNotFoundError:
         return None
     except ContentError as error:

@@ -15,7 +15,9 @@ from casync_updater.errors import ContentError, LocalError
 from casync_updater.files import write_atomic
 from casync_updater.formats import index as index_format
 from casync_updater.model import Release
+from casync_updater.release import parse_release
 from casync_updater.server.places import OWN, Site
+from casync_updater.trust import unwrap
 
 T = TypeVar("T")
 
@@ -118,6 +120,16 @@ class Garbage:
         """What is left after these were removed."""
         gone = set(names)
         return Garbage({name: since for name, since in self.since.items() if name not in gone})
+
+
+def read_release(path: Path) -> Release:
+    """A release of this publisher's own, plain or signed; no signature is verified.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ContentError: it is none.
+    """
+    return parse_release(unwrap(path.read_bytes()), str(path))
 
 
 def read_folder(folder: Path) -> FolderRecord:

@@ -11,10 +11,13 @@ systemd credential) and the configuration is in version control.
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from casync_updater.errors import ConfigError, ContentError, LocalError, TrustError
 from casync_updater.formats.openpgp import join_clearsigned
+from casync_updater.tools import gpgv
 from casync_updater.tools.gpg import Gpg, Key, temporary_gpg
 from casync_updater.tools.process import ProgramError
 from casync_updater.trust import authenticate
@@ -45,6 +48,66 @@ def passphrase_file(environment: Mapping[str, str]) -> Path | None:
     return path
 
 
+class Standing(StrEnum):
+    """What a published release's signatures are worth to its own publisher."""
+
+    FOREIGN = "foreign"
+    """Unsigned, or signed by none of the keys: nobody knows who wrote it."""
+    OTHER = "other"
+    """By one of the keys at least, and not by exactly all of them."""
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKeys:
+    """The public halves of the keys that sign.
+
+    Attributes:
+        fingerprints: of the primary keys, in the order of the configuration.
+        keyring: all of them, binary.
+    """
+
+    fingerprints: tuple[str, ...]
+    keyring: bytes
+
+
+def public_keys(keys: Sequence[str], *, passphrase: Path | None) -> PublicKeys:
+    """Find the keys, before anything is made that they shall sign.
+
+    Raises:
+        ConfigError: a key is not there, weak, expired or revoked, or stands there twice.
+    """
+    fingerprints: list[str] = []
+    keyring = b""
+    for key in keys:
+        with _holder(key, passphrase) as gpg:
+            fingerprints.append(_usable(gpg, key, fingerprints))
+            keyring += gpg.export(fingerprints[-1])
+    return PublicKeys(tuple(fingerprints), keyring)
+
+
+def standing(body: bytes, keys: PublicKeys, *, now: float) -> Standing:
+    """Judge the signatures of a published release by the keys that would sign it now.
+
+    Args:
+        body: the release as it was published.
+        keys: the keys that sign.
+        now: seconds since 1970.
+    """
+    with tempfile.TemporaryDirectory(prefix="cu-sign-") as name:
+        ring = Path(name) / "keyring.gpg"
+        ring.write_bytes(keys.keyring)
+        try:
+            statement = authenticate(
+                body, keyrings=[ring], required=True, where="the published release", now=now
+            )
+        except TrustError:
+            return Standing.FOREIGN
+    signatures = gpgv.verify(body, keys.keyring).signatures
+    exactly = len(signatures) == len(keys.fingerprints) == len(statement.signers)
+    return Standing.COMPLETE if exactly else Standing.OTHER
+
+
 def sign(text: bytes, keys: Sequence[str], *, passphrase: Path | None, now: float) -> bytes:
     """Clear-sign a release with every key, and verify the result as a client will.
 
@@ -69,9 +132,7 @@ def sign(text: bytes, keys: Sequence[str], *, passphrase: Path | None, now: floa
         source.write_bytes(text)
         for key in keys:
             with _holder(key, passphrase) as gpg:
-                primary = _usable(gpg, key)
-                if primary in signers:
-                    raise ConfigError(f"signKey: {key}: the key {primary} is named twice")
+                primary = _usable(gpg, key, signers)
                 signed.append(_signed(gpg, source, primary, key))
                 keyring += gpg.export(primary)
                 signers.append(primary)
@@ -98,11 +159,12 @@ def _holder(key: str, passphrase: Path | None) -> Iterator[Gpg]:
         yield gpg
 
 
-def _usable(gpg: Gpg, key: str) -> str:
+def _usable(gpg: Gpg, key: str, others: Sequence[str]) -> str:
     """The fingerprint of the one primary key that is meant.
 
     Raises:
-        ConfigError: there is none, more than one, or it must not sign any more.
+        ConfigError: there is none, more than one, it is one of the others, or it must not sign
+            any more.
     """
     in_file = "/" in key
     try:
@@ -120,7 +182,10 @@ def _usable(gpg: Gpg, key: str) -> str:
         )
     for one in found:
         _check(one, key)
-    return primaries[0].fingerprint
+    fingerprint = primaries[0].fingerprint
+    if fingerprint in others:
+        raise ConfigError(f"signKey: {key}: the key {fingerprint} is named twice")
+    return fingerprint
 
 
 def _check(one: Key, key: str) -> None:

@@ -32,8 +32,8 @@ class _Retry:
     pause: float
 
 
-class NetworkWatcher:
-    """The daemon's `Watcher` of the network.
+class Network:
+    """Online detection as the daemon's `Watcher`.
 
     Args:
         configuration: whose hosts are watched.
@@ -55,23 +55,23 @@ class NetworkWatcher:
         self._online = Online(self._hosts(), configuration.settings.online, clock, log.info)
 
     def configure(self, configuration: Configuration) -> None:
-        """See `Watcher.configure`."""
+        """See `daemon.Watcher.configure`."""
         self._configuration = configuration
         names = {entry.name for entry in configuration.entries}
         self._retries = {name: retry for name, retry in self._retries.items() if name in names}
         self._online.configure(self._hosts(), configuration.settings.online)
 
     def fileno(self) -> int:
-        """See `Watcher.fileno`."""
+        """See `daemon.Watcher.fileno`."""
         return self._online.fileno()
 
     def deadline(self) -> float | None:
-        """See `Watcher.deadline`."""
+        """See `daemon.Watcher.deadline`."""
         times = [self._online.deadline(), *(retry.at for retry in self._retries.values())]
         return min((at for at in times if at is not None), default=None)
 
     def handle(self) -> tuple[CameOnline, ...]:
-        """See `Watcher.handle`."""
+        """See `daemon.Watcher.handle`."""
         events = [CameOnline(came.entries) for came in self._online.handle()]
         now = self._clock.monotonic()
         for name, retry in self._retries.items():
@@ -82,7 +82,7 @@ class NetworkWatcher:
         return tuple(events)
 
     def cycle_ended(self, name: str, *, reached: bool) -> None:
-        """See `Watcher.cycle_ended`."""
+        """See `daemon.Watcher.cycle_ended`."""
         last = self._retries.pop(name, None)
         phases = self._phases(name)
         entries = (entry for entry in self._configuration.entries if entry.name == name)
@@ -96,15 +96,15 @@ class NetworkWatcher:
         self._retries[name] = _Retry(at if pause < entry.interval else None, pause)
 
     def believed_offline(self, name: str) -> bool:
-        """See `Watcher.believed_offline`."""
+        """See `daemon.Watcher.believed_offline`."""
         return self._phases(name) == {Phase.OFFLINE}
 
     def report(self) -> dict[str, Any]:
-        """See `Watcher.report`."""
+        """See `daemon.Watcher.report`."""
         return {"hosts": [status.as_json() for status in self._online.report()]}
 
     def close(self) -> None:
-        """See `Watcher.close`."""
+        """See `daemon.Watcher.close`."""
         self._online.close()
 
     def _hosts(self) -> tuple[Host, ...]:
