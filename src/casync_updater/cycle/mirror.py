@@ -3,6 +3,9 @@
 Chunks first, then index, ``.cks`` and ``.mtree``, the release last: whoever pulls the drive out
 finds the old or the new complete version on it. Chunks are made from the installed tree where
 its bytes are those of the index, and fetched else.
+
+While the drive is written to, a mark lies on it. Chunks are not synced one by one, so after a
+cut one may be there by name only: where the mark is found, every chunk is read and checked.
 """
 
 import hashlib
@@ -15,11 +18,26 @@ import zstandard
 from casync_updater import syscalls, trust
 from casync_updater.cycle.tree import cut
 from casync_updater.cycle.values import Chunks
-from casync_updater.errors import ContentError, LocalError, SpaceError, TrustError
+from casync_updater.errors import (
+    ContentError,
+    LocalError,
+    RemoteError,
+    SpaceError,
+    TrustError,
+)
 from casync_updater.files import write_atomic
 from casync_updater.formats import index as index_format
-from casync_updater.formats.store import LocalStore
-from casync_updater.model import Entry, FileRef, Installed, Location, Monitor, Progress, Release
+from casync_updater.formats.store import LocalStore, content, file_limit
+from casync_updater.model import (
+    ChunkRef,
+    Entry,
+    FileRef,
+    Installed,
+    Location,
+    Monitor,
+    Progress,
+    Release,
+)
 from casync_updater.release import parse_release
 from casync_updater.state import StateFolder
 
@@ -114,11 +132,18 @@ class Mirror:
         file = self._folder.index(installed)
         data = file.read_bytes()
         index = index_format.parse(data, str(file))
-        lacking = {ref.id: ref for ref in index if not self._store.has(ref.hex)}
+        mark = self._beside(".unfinished")
+        cut_off = mark.exists()
+        has = self._has_whole if cut_off else self._has
+        lacking = {ref.id: ref for ref in index if not has(ref, index)}
         total = sum(ref.size for ref in lacking.values())
         try:
+            if cut_off:
+                for left in self._store.path.glob("*/.#*"):
+                    left.unlink()
             self._demand_space(total, len(lacking))
             self._store.path.mkdir(exist_ok=True)
+            write_atomic(mark, b"")
             result = Mirrored(len(lacking), total)
             done = 0
             if lacking:
@@ -133,11 +158,23 @@ class Mirror:
                     monitor.progress(Progress(done, total))
                 syscalls.sync_file_system(self._store.path)
             self._write_documents(installed, data, published)
+            mark.unlink()
         except OSError as error:
             raise LocalError(
                 f"the backup {error.filename or self._index} cannot be written: {error.strerror}"
             ) from error
         return result
+
+    def _has(self, ref: ChunkRef, _index: index_format.Index) -> bool:
+        return self._store.has(ref.hex)
+
+    def _has_whole(self, ref: ChunkRef, index: index_format.Index) -> bool:
+        try:
+            raw = self._store.read(ref.hex, file_limit(ref.size))
+            content(raw, ref, index, str(self._store.path))
+        except (ContentError, RemoteError):
+            return False
+        return True
 
     def _put(self, name: str, data: bytes) -> None:
         self._store.put(name, zstandard.compress(data), compressed=True)
