@@ -2,12 +2,21 @@
 
 import ctypes
 import errno
+import fcntl
 import os
+import stat
+import struct
 from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+
+_FS_IMMUTABLE_FL = 0x10
+_FS_APPEND_FL = 0x20
+_LONG = struct.calcsize("L")
+_FS_IOC_GETFLAGS = 0x80006601 | _LONG << 16
+_FS_IOC_SETFLAGS = 0x40006602 | _LONG << 16
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,6 +58,46 @@ def sync_file_system(path: Path) -> None:
             raise OSError(number, os.strerror(number), str(path))
     finally:
         os.close(descriptor)
+
+
+def is_unchangeable(path: Path) -> bool:
+    """Whether a file or folder is immutable or append-only (chattr +i, +a)."""
+    return bool(_inode_flags(path) & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
+
+
+def make_changeable(path: Path) -> None:
+    """Take these two flags away.
+
+    Raises:
+        OSError: without CAP_LINUX_IMMUTABLE.
+    """
+    flags = _inode_flags(path)
+    if flags & (_FS_IMMUTABLE_FL | _FS_APPEND_FL):
+        flags &= ~(_FS_IMMUTABLE_FL | _FS_APPEND_FL)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, struct.pack("I", flags).ljust(_LONG, b"\0"))
+        finally:
+            os.close(descriptor)
+
+
+def _inode_flags(path: Path) -> int:
+    """The flags of FS_IOC_GETFLAGS; none for what cannot have them."""
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            # Declared as a long, and read and written as an int, since ever.
+            found = fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(_LONG))
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return 0  # a file system without them
+    flags: int
+    (flags,) = struct.unpack_from("I", found)
+    return flags
 
 
 def free_space(path: Path) -> int:

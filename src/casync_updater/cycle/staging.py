@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from casync_updater import syscalls
 from casync_updater.errors import LocalError
 from casync_updater.files import write_atomic
 from casync_updater.model import Apply, Entry, Identity, Installed
@@ -139,16 +140,26 @@ def identity(path: Path) -> Identity | None:
 def remove(path: Path) -> None:
     """Remove a tree or a file; nothing there is fine. Never follows symbolic links.
 
+    What is immutable or append-only (chattr +i, +a) is made removable first.
+
     Raises:
         LocalError: something in it cannot be removed; it is named.
     """
 
-    def explain(function: Callable[..., object], name: str, info: object) -> None:
-        raise LocalError(f"{name} cannot be removed: {function.__name__} failed") from (
-            info if isinstance(info, BaseException) else None
-        )
+    def again(function: Callable[[str], object], name: str, error: BaseException) -> None:
+        try:
+            if not isinstance(error, PermissionError):
+                raise error
+            syscalls.make_changeable(Path(name).parent)
+            syscalls.make_changeable(Path(name))
+            function(name)
+        except OSError as failure:
+            raise LocalError(f"{name} cannot be removed: {failure.strerror}") from failure
 
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=lambda function, name, info: explain(function, name, info[1]))
+        shutil.rmtree(path, onerror=lambda function, name, info: again(function, name, info[1]))
     else:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            again(os.unlink, str(path), error)
