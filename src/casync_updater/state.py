@@ -5,6 +5,7 @@
     STATE/NAME/state.json        this module's `State`, replaced as a whole
     STATE/NAME/state.json.broken what could not be read, set aside
     STATE/NAME/lock              held while a cycle runs
+    STATE/NAME/before.mtree.zst  while an update in place is under way: what was there before
     STATE/NAME/queued            a cycle that an action of the same entry asked for
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
@@ -41,6 +42,8 @@ class ActionState(StrEnum):
     LEFT = "left"
     """It was running when the updater was told to stop: it goes on by itself and is not
     repeated, however it ends."""
+    ENDED = "ended"
+    """Its result is known; what the runner kept of it is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class Journal:
             every other one, also where device numbers changed with a reboot.
         old: the tree in the destination before the exchange; None where there was none.
         new: the tree that takes its place.
+        tree: the folder in the staging folder where that one stands, and the old one after
+            the exchange.
         installed: what the state records when the new tree is in place.
         moves: preserved paths, relative to the destination, that move from old to new.
         actions: what is promised to run once the new tree is in place.
@@ -91,6 +96,7 @@ class Journal:
     token: str = ""
     old: Identity | None = None
     new: Identity | None = None
+    tree: str = "new"
     moves: tuple[str, ...] = ()
     actions: tuple[PendingAction, ...] = ()
     trial: bool = False
@@ -148,8 +154,10 @@ class State:
     pending: tuple[PendingAction, ...] = ()
     answers: tuple[Answer, ...] = ()
     trial: int | None = None
-    """How often the health check of the installed version was begun and cut off; None where
-    it has passed, or there is none."""
+    """In how many boots the health check of the installed version was begun; None where it has
+    passed, or there is none."""
+    trial_boot: str = ""
+    """The last one of them: in the same boot, a check that was begun is collected."""
     bad: tuple[Bad, ...] = ()
     held: str | None = None
     """Why the entry stays where it is until `resume`."""
@@ -180,6 +188,13 @@ class State:
         return replace(self, answers=(*others, answer))
 
 
+class UnrecordedError(LocalError):
+    """What happened is not in the state: what is on the disk says how the next start goes on.
+
+    Whoever catches it must not save the state that it has in memory, which knows less.
+    """
+
+
 class StateFolder:
     """The folder of one entry's state. Whoever writes holds `locked`."""
 
@@ -203,6 +218,11 @@ class StateFolder:
     def queued(self) -> Path:
         """Marks that one more cycle was asked for while one is running."""
         return self.path / "queued"
+
+    @property
+    def before(self) -> Path:
+        """The manifest of a destination before it was first written to in place; mtree, zstd."""
+        return self.path / "before.mtree.zst"
 
     def index(self, installed: Installed) -> Path:
         """The index of a version."""
@@ -294,13 +314,15 @@ class StateFolder:
         """Replace the state file in one atomic, durable step.
 
         Raises:
-            LocalError: it could not be written; the old one is still there.
+            UnrecordedError: it could not be written; the old one is still there.
         """
         text = json.dumps(codec.to_json(state), indent=1)
         try:
             write_atomic(self.path / "state.json", text.encode())
         except OSError as error:
-            raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
+            raise UnrecordedError(
+                f"{self.path}: the state cannot be saved: {error.strerror}"
+            ) from error
 
     def keep_version(
         self, installed: Installed, index: bytes, release: bytes | None, manifest: bytes | None

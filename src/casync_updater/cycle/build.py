@@ -83,6 +83,8 @@ class CasyncBuilder:
         Chunks are not synced one by one: after a power cut a file may be empty.
         """
         self._spool.mkdir(parents=True, exist_ok=True)
+        for left in self._spool.parent.glob("seed-*"):
+            remove(left)
         store = LocalStore(self._spool)
         wanted = {ref.hex: ref for ref in offer.index}
         for file in self._spool.glob("*/*"):

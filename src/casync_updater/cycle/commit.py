@@ -7,32 +7,44 @@ journal alone, but looks which of the two trees stands where.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import zstandard
 
 from casync_updater import syscalls
-from casync_updater.cycle.staging import Site, identity, make_staging, remove
+from casync_updater.cycle.staging import Site, identity, is_mount_point, make_staging, remove
 from casync_updater.cycle.tree import archive_digest
 from casync_updater.cycle.values import Verified
 from casync_updater.errors import ContentError, LocalError
-from casync_updater.files import sync_folder
+from casync_updater.files import sync_folder, write_atomic
 from casync_updater.formats import index as index_format
 from casync_updater.model import Apply, Entry, Identity, Installed
-from casync_updater.state import Intent, Journal, Kept, PendingAction, State, StateFolder
+from casync_updater.state import (
+    Intent,
+    Journal,
+    Kept,
+    PendingAction,
+    State,
+    StateFolder,
+    UnrecordedError,
+)
 
 
 class NoExchangeError(LocalError):
     """The destination cannot be exchanged: it has to be updated in place."""
 
 
-def begin_in_place(state: State, folder: StateFolder, installed: Installed) -> State:
+def begin_in_place(state: State, folder: StateFolder, installed: Installed, before: bytes) -> State:
     """Mark a destination as being written, before the first write.
 
     Until `commit` records the result, every start knows that the destination is no version.
+    The manifest of what was there before the first try is kept: what an interrupted try has
+    changed already must still count as changed when the actions are chosen.
     """
+    if state.journal is None:
+        write_atomic(folder.before, zstandard.compress(before))
     state = replace(
         state, journal=Journal(Intent.IN_PLACE, installed), installed=None, last_verify=None
     )
@@ -64,6 +76,7 @@ def commit(
     Raises:
         NoExchangeError: an exchange does not work there; nothing was changed.
         LocalError: the commit failed; the old tree is in its place.
+        UnrecordedError: it was cut off; the journal says how the next start goes on.
     """
     plan = verified.staged.plan
     site = plan.site
@@ -98,36 +111,79 @@ def commit(
         raise LocalError(f"{error.filename or site.destination}: {error.strerror}") from error
     state = replace(state, last_verify=now)
     folder.save(state)
+    folder.before.unlink(missing_ok=True)
     return state
 
 
 def moves(site: Site, entry: Entry) -> tuple[str, ...]:
-    """The preserved paths that are in the destination now."""
-    return tuple(path for path in entry.preserve if os.path.lexists(site.destination / path))
+    """The preserved paths that are in the destination now.
+
+    Raises:
+        LocalError: one cannot be moved.
+    """
+    found = tuple(path for path in entry.preserve if os.path.lexists(site.destination / path))
+    for path in found:
+        place = site.destination / path
+        if is_mount_point(place):
+            raise LocalError(
+                f"{place} is a mount point, and preserved paths are moved from version to"
+                " version: mount it outside of the destination, and link to it"
+            )
+        for node in (place, place.parent):
+            if syscalls.is_unchangeable(node):
+                raise LocalError(
+                    f"{node} is immutable or append-only, and the preserved {path} has to be"
+                    f" moved to the new version: chattr -ia {node}"
+                )
+    return found
 
 
 def exchange(site: Site, state: State, folder: StateFolder, journal: Journal) -> State:
-    """Exchange the staged tree with the destination, around it the journal's two writes.
+    """Exchange a staged tree with the destination, around it the journal's two writes.
 
     Raises:
         NoExchangeError: it cannot work here; the journal is taken back.
         OSError: it failed; the journal is taken back.
+        LocalError: the same: a preserved path cannot be moved.
+        UnrecordedError: it was cut off; the journal says how the next start goes on.
     """
     journal = replace(journal, token=make_staging(site))
     folder.save(replace(state, journal=journal))
+    tree = site.staging / journal.tree
     try:
         if journal.old is None:
-            syscalls.rename_noreplace(site.new, site.destination)
+            syscalls.rename_noreplace(tree, site.destination)
         else:
-            syscalls.exchange(site.new, site.destination)
+            syscalls.exchange(tree, site.destination)
     except OSError as error:
         folder.save(state)
         if error.errno in syscalls.NO_EXCHANGE:
             raise NoExchangeError(f"{site.destination}: {error.strerror}") from error
         raise
-    sync_folder(site.destination.parent)
-    sync_folder(site.staging)
-    return complete(site, replace(state, journal=journal))
+    with _journalled(site):
+        sync_folder(site.destination.parent)
+        sync_folder(site.staging)
+    try:
+        move_preserved(tree, site.destination, journal.moves)
+    except (OSError, LocalError):
+        with _journalled(site):
+            move_preserved(site.destination, tree, journal.moves)
+            syscalls.exchange(tree, site.destination)
+            sync_folder(site.destination.parent)
+            sync_folder(site.staging)
+        folder.save(state)
+        raise
+    with _journalled(site):
+        return complete(site, replace(state, journal=journal))
+
+
+@contextlib.contextmanager
+def _journalled(site: Site) -> Iterator[None]:
+    """What fails in here is gone on with by the next start, as the journal says."""
+    try:
+        yield
+    except (OSError, LocalError) as error:
+        raise UnrecordedError(f"{site.destination}: the exchange was cut off: {error}") from error
 
 
 def complete(site: Site, state: State) -> State:
@@ -138,24 +194,27 @@ def complete(site: Site, state: State) -> State:
     """
     journal = state.journal
     assert journal is not None
-    move_preserved(site.new, site.destination, journal.moves)
+    tree = site.staging / journal.tree
+    move_preserved(tree, site.destination, journal.moves)
     old = state.installed
-    previous = state.previous
-    if identity(site.new) is not None:
-        if old is not None and old.digest != journal.installed.digest:
-            kept = site.previous(old)
-            if identity(kept) is not None:
-                remove(kept)
-            site.new.rename(kept)
+    previous = tuple(kept for kept in state.previous if kept.folder != journal.tree)
+    if journal.old is None:
+        pass
+    elif old is not None and old.digest != journal.installed.digest:
+        kept = site.previous(old)
+        if identity(tree) is not None:
+            remove(kept)
+            tree.rename(kept)
             sync_folder(site.staging)
-            previous = (
-                Kept(kept.name, old, journal.moves),
-                *(other for other in previous if other.folder != kept.name),
-            )
-        elif journal.old is not None and not _holds_preserved(site.new, journal.moves):
-            # What stood there is no version to go back to: a tree that somebody put there, or
-            # one that drifted from the version that was just repaired.
-            remove(site.new)
+        # Where the tree is gone, a start before this one has come as far as here.
+        previous = (
+            Kept(kept.name, old, journal.moves),
+            *(other for other in previous if other.folder != kept.name),
+        )
+    elif not _holds_preserved(tree, journal.moves):
+        # What stood there is no version to go back to: a tree that somebody put there, or
+        # one that drifted from the version that was just repaired.
+        remove(tree)
     return replace(_recorded(state, identity(site.destination)), previous=previous)
 
 
@@ -172,6 +231,7 @@ def _recorded(state: State, root: Identity | None) -> State:
         journal=None,
         pending=(*state.pending, *journal.actions),
         trial=0 if journal.trial else None,
+        trial_boot="",
         bad=(*state.bad, *journal.bad),
         held=journal.hold,
         refused=None,

@@ -52,7 +52,16 @@ from casync_updater.model import (
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
-from casync_updater.state import Bad, Intent, Journal, Kept, Refusal, State, StateFolder
+from casync_updater.state import (
+    Bad,
+    Intent,
+    Journal,
+    Kept,
+    Refusal,
+    State,
+    StateFolder,
+    UnrecordedError,
+)
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
 
@@ -149,15 +158,17 @@ class Cycle:
                 self._act()
                 self._prove(site)
                 end = self._cycle(site, reason, accept_legacy)
+                self._folder.save(self._state)
         except StoppedError as error:
             return CycleEnd(Outcome.STOPPED, 1, str(error))
+        except UnrecordedError as error:
+            return CycleEnd(Outcome.FAILED, error.exit_code, str(error))
         except UpdaterError as error:
             return self._failed(error)
         except OSError as error:
             return self._failed(
                 LocalError(f"{error.filename or self._entry.name}: {error.strerror}")
             )
-        self._folder.save(self._state)
         return end
 
     def recover(self) -> Site:
@@ -275,17 +286,13 @@ class Cycle:
             self._manifest_nodes(current) if current else (), self._manifest_nodes(kept.installed)
         )
         with self._outside.stop.shielded():
-            remove(site.new)
-            tree.rename(site.new)
-            self._state = replace(
-                self._state, previous=tuple(k for k in self._state.previous if k is not kept)
-            )
             installed = replace(kept.installed, since=self._outside.clock.time())
             journal = Journal(
                 Intent.EXCHANGE,
                 installed,
                 old=identity(site.destination),
-                new=identity(site.new),
+                new=identity(tree),
+                tree=kept.folder,
                 moves=commit.moves(site, self._entry),
                 actions=act.promise(
                     self._entry,
@@ -332,6 +339,7 @@ class Cycle:
             assert isinstance(outcome, UpToDate)
             self._note(checked)
             self._mirror(site, outcome.candidate)
+            self._prune(site)
             return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
@@ -524,7 +532,7 @@ class Cycle:
             def begin() -> None:
                 shield.enter_context(self._outside.stop.shielded())
                 self._state = commit.begin_in_place(
-                    self._state, self._folder, self._installed(offer, "")
+                    self._state, self._folder, self._installed(offer, ""), planned.before
                 )
 
             with self._chunks(offer) as chunks:
@@ -560,7 +568,6 @@ class Cycle:
             len(verified.changes.changed),
             len(verified.changes.removed),
         )
-        remove(self._spool.parent)
         return self._act(version)
 
     def _act(self, version: str | None = None) -> tuple[str, ...]:
@@ -591,33 +598,40 @@ class Cycle:
         trial, installed = self._state.trial, self._state.installed
         if trial is None or installed is None:
             return
-        if trial < _TRIALS:
-            self._state = replace(self._state, trial=trial + 1)
-            self._folder.save(self._state)
+        before, boot = self._state, self._outside.clock.boot_id()
+        if trial < _TRIALS or before.trial_boot == boot:
+            if before.trial_boot != boot:
+                self._state = replace(before, trial=trial + 1, trial_boot=boot)
+                self._folder.save(self._state)
             try:
                 failure = self._actor().examine(
-                    self._entry.health_check, f"{installed.since:.0f}-{trial}"
+                    self._entry.health_check, f"{installed.index_sha256} {installed.since}"
                 )
             except StoppedError:
                 # An orderly stop is not the version's fault.
-                self._state = replace(self._state, trial=trial)
+                self._state = before
                 self._folder.save(self._state)
                 raise
         else:
             failure = f"its health check was cut off {trial} times"
-        self._state = replace(self._state, trial=None)
         if failure is None:
+            self._state = replace(self._state, trial=None, trial_boot="")
             self._folder.save(self._state)
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
         bad = Bad(installed.digest, installed.serial)
         older = self._older_versions()
-        if not older:
-            self._state = replace(self._state, bad=(*self._state.bad, bad))
+        try:
+            if not older:
+                raise ContentError("there is no version to go back to")
+            end = self._go_back(site, older[0], hold=None, bad=(bad,))
+        except ContentError as error:
+            self._state = replace(
+                self._state, trial=None, trial_boot="", bad=(*self._state.bad, bad)
+            )
             self._folder.save(self._state)
-            raise LocalError(f"{name}: {failure}; there is no version to go back to")
-        end = self._go_back(site, older[0], hold=None, bad=(bad,))
+            raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
     def _mirror(self, site: Site, candidate: Candidate) -> None:
@@ -661,12 +675,20 @@ class Cycle:
             )
 
     def _prune(self, site: Site) -> None:
-        """Remove previous versions beyond `keep`, and what the state kept of them."""
+        """Remove what no state names any longer: it forgets first, so that it names no ruin.
+
+        Also what a kill has left of earlier cycles.
+        """
         stay = self._state.previous[: self._entry.keep]
-        for kept in self._state.previous[self._entry.keep :]:
-            remove(site.staging / kept.folder)
-        self._state = replace(self._state, previous=stay)
-        self._folder.save(self._state)
+        if stay != self._state.previous:
+            self._state = replace(self._state, previous=stay)
+            self._folder.save(self._state)
+        named = {kept.folder for kept in stay}
+        for folder in site.staging.glob("previous-*"):
+            if folder.name not in named:
+                remove(folder)
+        remove(site.new)
+        remove(self._spool.parent)
         self._folder.forget_versions(self._state)
 
     @contextlib.contextmanager

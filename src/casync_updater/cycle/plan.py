@@ -52,7 +52,7 @@ def plan(
     if old is not None and folder.index(old).exists():
         file = folder.index(old)
         have = frozenset(ref.id for ref in index_format.parse(file.read_bytes(), str(file)))
-    before = _before(offer, site, old, folder, preserve)
+    before = _before(offer, site, old, state, folder, preserve=preserve)
     fetch = lacking(offer, have)
     size = sum(ref.size for ref in fetch)
     space = offer.index.size if site.apply is Apply.ATOMIC else size
@@ -82,13 +82,24 @@ def _known(offer: Offer, site: Site, state: State) -> Installed | None:
 
 
 def _before(
-    offer: Offer, site: Site, old: Installed | None, folder: StateFolder, preserve: tuple[str, ...]
+    offer: Offer,
+    site: Site,
+    old: Installed | None,
+    state: State,
+    folder: StateFolder,
+    *,
+    preserve: tuple[str, ...],
 ) -> bytes:
-    """The manifest of what is in the destination: the kept one, or one made now."""
+    """The manifest of what is in the destination: the kept one, or one made now.
+
+    Of one that an update in place was cut off in, what was there before that.
+    """
     if not offer.is_archive or not site.destination.exists():
         return b""
     if old is not None and folder.manifest(old).exists():
         return zstandard.decompress(folder.manifest(old).read_bytes())
+    if state.journal is not None and folder.before.exists():
+        return zstandard.decompress(folder.before.read_bytes())
     kept = tuple(mtree.escape(os.fsencode(path)).encode() for path in preserve)
     with casync.mtree(site.destination, flags=offer.index.flags) as pieces:
         lines = b"".join(pieces).splitlines(keepends=True)
