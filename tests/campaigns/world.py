@@ -186,9 +186,7 @@ class World:
         assert argv[1:3] == ["-m", "casync_updater"]
         return [argv[0], str(KILLER), *killer, "--", *argv[3:]]
 
-    def start(
-        self, *arguments: str, killer: tuple[str, ...] = ()
-    ) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, killer: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             self.command(*arguments, killer=killer),
             env=environment(self.appliance.environment),
@@ -330,7 +328,7 @@ class World:
         found = {file.name.partition(".")[0] for file in (entry / "versions").iterdir()}
         demand(found <= hashes, f"left over in {entry / 'versions'}: {found - hashes}")
         cache = device.state_dir / "cache"
-        left = [path for path in cache.rglob("*")] if cache.exists() else []
+        left = list(cache.rglob("*")) if cache.exists() else []
         demand(left in ([], [cache / device.name]), f"left over in the cache: {left[:5]}")
         left = list(self.temporary.iterdir())
         demand(not left, f"left over in the folder for temporary files: {left}")
