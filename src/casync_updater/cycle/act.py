@@ -152,7 +152,7 @@ class Actor:
                 state = self._mark(state, ActionState.ENDED)
             # Only now, and before the promise is gone: a kill in between neither repeats the
             # action nor leaves anything of it.
-            self._forget(state.pending[0].id)
+            self._runner.forget(state.pending[0].id)
             state = replace(state, pending=state.pending[1:])
         self._folder.save(state)
         for listing in self._folder.actions.iterdir():
@@ -189,7 +189,7 @@ class Actor:
             if failure is not None:
                 break
         for name in names:
-            self._forget(name)
+            self._runner.forget(name)
         return failure
 
     def _examine_one(self, action: Action) -> str | None:
@@ -207,10 +207,6 @@ class Actor:
         while (result := self._runner.collect(handle, _PATIENCE)) is None:
             self._waiting()
         return result
-
-    def _forget(self, action_id: str) -> None:
-        if (handle := self._runner.find(action_id)) is not None:
-            self._runner.forget(handle)
 
     def _finish(self, state: State) -> tuple[State, ActionResult | None]:
         """Bring the first pending action to its end; None where it never had a result."""
