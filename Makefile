@@ -12,7 +12,10 @@ MAKEFLAGS   += --no-print-directory
 
 # Debian's own interpreter by name: another python3 on PATH lacks Debian's modules.
 PYTHON      := /usr/bin/python3
-PYTEST      := $(PYTHON) -m pytest
+# A folder for temporary files that rm clears afterwards: pytest's own clearing, in later runs,
+# gives up on the very deep trees that some tests make. Its closing line is the last output.
+PYTEST      := scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	TMPDIR="$$scratch" $(PYTHON) -m pytest
 RUFF        := 0.17.6
 WORKERS     ?= 2
 

@@ -12,8 +12,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
-_FS_IMMUTABLE_FL = 0x10
-_FS_APPEND_FL = 0x20
+_UNCHANGEABLE = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 _LONG = struct.calcsize("L")
 _FS_IOC_GETFLAGS = 0x80006601 | _LONG << 16
 _FS_IOC_SETFLAGS = 0x40006602 | _LONG << 16
@@ -49,11 +48,14 @@ def _renameat2(source: Path, target: Path, flags: int) -> None:
 def sync_file_system(path: Path) -> None:
     """Write everything of the file system that holds a path to its medium (syncfs).
 
-    One call for a whole tree: thousands of single fsyncs would each wait for the medium.
+    One call for a whole tree: thousands of single fsyncs would each wait for the medium. The
+    file system of a block device's node is that of /dev, so a device is synced by itself.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        if _libc.syncfs(descriptor):
+        if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+            os.fsync(descriptor)
+        elif _libc.syncfs(descriptor):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(path))
     finally:
@@ -62,42 +64,41 @@ def sync_file_system(path: Path) -> None:
 
 def is_unchangeable(path: Path) -> bool:
     """Whether a file or folder is immutable or append-only (chattr +i, +a)."""
-    return bool(_inode_flags(path) & (_FS_IMMUTABLE_FL | _FS_APPEND_FL))
+    return _inode_flags(path, None, take=0) & _UNCHANGEABLE != 0
 
 
-def make_changeable(path: Path) -> None:
-    """Take these two flags away.
+def make_changeable(name: bytes, folder: int) -> None:
+    """Take these two flags away from what an open folder holds.
 
     Raises:
-        OSError: without CAP_LINUX_IMMUTABLE.
+        PermissionError: without CAP_LINUX_IMMUTABLE.
     """
-    flags = _inode_flags(path)
-    if flags & (_FS_IMMUTABLE_FL | _FS_APPEND_FL):
-        flags &= ~(_FS_IMMUTABLE_FL | _FS_APPEND_FL)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        try:
-            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, struct.pack("I", flags).ljust(_LONG, b"\0"))
-        finally:
-            os.close(descriptor)
+    _inode_flags(name, folder, take=_UNCHANGEABLE)
 
 
-def _inode_flags(path: Path) -> int:
-    """The flags of FS_IOC_GETFLAGS; none for what cannot have them."""
-    mode = path.lstat().st_mode
+def _inode_flags(name: Path | bytes, folder: int | None, *, take: int) -> int:
+    """The flags of FS_IOC_GETFLAGS, none for what cannot have them; those to `take` are cleared."""
+    mode = os.lstat(name, dir_fd=folder).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return 0
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+    except PermissionError:
+        return 0  # nor could this user clear them
+    try:
+        flags: int
         try:
             # Declared as a long, and read and written as an int, since ever.
             found = fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(_LONG))
-        finally:
-            os.close(descriptor)
-    except OSError:
-        return 0  # a file system without them
-    flags: int
-    (flags,) = struct.unpack_from("I", found)
-    return flags
+        except OSError:
+            return 0  # a file system without them
+        (flags,) = struct.unpack_from("I", found)
+        if flags & take:
+            left = struct.pack("I", flags & ~take).ljust(_LONG, b"\0")
+            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, left)
+        return flags
+    finally:
+        os.close(descriptor)
 
 
 def free_space(path: Path) -> int:

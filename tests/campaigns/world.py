@@ -308,7 +308,13 @@ class World:
         self._check_leftovers(state, keep)
 
     def check_log(self) -> None:
-        log = self.appliance.log()
+        """Each action once. A health check that was cut off after its end may run again."""
+        written = self.appliance.log()
+        log = [
+            line
+            for number, line in enumerate(written)
+            if line != "health" or written[number - 1 : number] != ["health"]
+        ]
         demand(
             log == self.expected,
             f"the actions wrote\n  {log[-12:]}\nand should have written\n  {self.expected[-12:]}",

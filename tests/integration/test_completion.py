@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "completion"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "debian/completion"
 STATUS = '{"entries": [\n{"name": "menu"},\n{"name": "music"}\n]}'
 
 
@@ -67,7 +68,7 @@ def listed(*arguments: str) -> tuple[set[str], set[str]]:
     """The commands and the long options that the client's own help lists."""
     text = subprocess.run(
         [sys.executable, "-m", "casync_updater", *arguments, "--help"],
-        env={"PYTHONPATH": str(FOLDER.parent / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=True,

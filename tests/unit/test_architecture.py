@@ -14,7 +14,7 @@ FLOORS = (
     ("formats", "release", "reports", "logs", "live"),
     ("tools", "config", "scheduler"),
     ("trust", "sources", "online", "children"),
-    ("state", "takeover"),
+    ("state", "takeover", "network"),
     ("cycle", "server", "daemon"),
     ("cli",),
     ("__main__",),

@@ -7,6 +7,7 @@ from casync_updater.cli.context import configuration
 from casync_updater.cli.places import state_dir
 from casync_updater.cycle.staging import survey
 from casync_updater.errors import ConfigError, LocalError
+from casync_updater.sources.base import shown
 from casync_updater.state import StateFolder
 
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{entry.name}: note: {error}")
             continue
         how = f"in place, not atomic: {site.why}" if site.why else "atomically"
-        print(f"{entry.name}: {entry.source.index} -> {site.destination} ({how})")
+        print(f"{entry.name}: {shown(entry.source.index)} -> {site.destination} ({how})")
     if found.problems or found.warnings:
         raise ConfigError(*found.problems, *found.warnings)
     return 0

@@ -5,13 +5,14 @@ as seed; it never reads from the network. Chunks that an interrupted try left in
 not fetched again.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from casync_updater.cycle.staging import make_staging, remove
-from casync_updater.cycle.tree import carry_over
+from casync_updater.cycle.tree import carry_over, cut
 from casync_updater.cycle.values import Chunks, Offer, Plan, Staged
 from casync_updater.errors import ContentError, LocalError, RemoteError
 from casync_updater.formats import index as index_format
@@ -45,6 +46,8 @@ class CasyncBuilder:
             RemoteError: a chunk cannot be had.
         """
         store = self._prepared_store(plan.offer)
+        if plan.site.apply is Apply.IN_PLACE and not plan.offer.is_archive:
+            return self._patch(plan, store, chunks, begin)
         wanted = plan.fetch
         if plan.old is None and plan.site.destination.exists():
             wanted = self._without_local(plan, store)
@@ -75,6 +78,41 @@ class CasyncBuilder:
                 parent=destination.parent,
                 features=plan.offer.index.features if plan.offer.is_archive else (),
             )
+        return Staged(plan)
+
+    def _patch(
+        self, plan: Plan, store: LocalStore, chunks: Chunks, begin: Callable[[], None]
+    ) -> Staged:
+        """Write the chunks of a file or device that differ, each where it belongs.
+
+        casync takes the very file that it writes to as a seed, and gives up ("Stale file
+        handle") once it has changed something in it that it meant to read.
+        """
+        target, index = plan.site.destination, plan.offer.index
+        differing = list(index)
+        if target.exists():
+            pieces = cut(target, index)
+            differing = [r for r, data in pieces if r.size and index.chunk_id(data) != r.id]
+        wanted = tuple({ref.id: ref for ref in differing}.values())
+        if not {ref.id for ref in wanted} <= {ref.id for ref in plan.fetch}:
+            # Some are elsewhere in it, or were until somebody wrote there.
+            wanted = self._without_local(replace(plan, fetch=wanted), store)
+        self._fill(store, wanted, chunks)
+        begin()
+        try:
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            with os.fdopen(descriptor, "wb") as file:
+                for ref in differing:
+                    raw = store.read(ref.hex, file_limit(ref.size))
+                    file.seek(ref.start)
+                    file.write(content(raw, ref, index, ref.hex))
+                if target.is_file():
+                    file.truncate(index.size)
+                file.flush()
+                # What syncs the file system that a device's node is in does not sync the device.
+                os.fsync(descriptor)
+        except OSError as error:
+            raise LocalError(f"{target} cannot be written: {error.strerror}") from error
         return Staged(plan)
 
     def _prepared_store(self, offer: Offer) -> LocalStore:

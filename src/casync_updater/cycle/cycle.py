@@ -19,7 +19,8 @@ from casync_updater.cycle.build import CasyncBuilder
 from casync_updater.cycle.check import Checker, load
 from casync_updater.cycle.mirror import Mirror, present
 from casync_updater.cycle.plan import lacking, plan
-from casync_updater.cycle.staging import Site, identity, remove, survey
+from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
+from casync_updater.cycle.staging import Site, identity, remove, survey, sweep
 from casync_updater.cycle.stop import Stop, StoppedError
 from casync_updater.cycle.tree import Difference, archive_digest, differences
 from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
@@ -176,7 +177,9 @@ class Cycle:
         self._monitor.step(Step.RECOVER)
         site = survey(self._entry, self._state.no_exchange)
         with self._outside.stop.shielded():
-            self._state = commit.recover(site, self._state, self._folder, self._log.warning)
+            self._state = commit.recover(
+                site, self._state, self._entry, self._folder, self._log.warning
+            )
         return site
 
     def preview(self) -> Preview:
@@ -215,7 +218,10 @@ class Cycle:
         current = self._state.installed
         if current is None:
             return frozenset()
-        return frozenset(ref.id for ref in self._kept_index(current))
+        try:
+            return frozenset(ref.id for ref in kept_index(self._folder, current))
+        except ContentError:
+            return frozenset()
 
     def _announced_changes(self, offer: Offer) -> Changes | None:
         """What the published manifest says that differs from the installed version."""
@@ -223,7 +229,10 @@ class Cycle:
         if manifest is None:
             return None
         current = self._state.installed
-        before = self._manifest_nodes(current) if current else ()
+        try:
+            before = kept_nodes(self._folder, current) if current else iter(())
+        except ContentError:
+            return None
         where = offer.candidate.where
         return mtree.diff(before, mtree.parse(manifest.splitlines(), offer.index.features, where))
 
@@ -260,11 +269,19 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
+        """The versions to go back to, latest first. Clocks may be wrong: serials are not."""
         current = self._state.installed
+        bad = {version.digest for version in self._state.bad}
         return [
             kept
             for kept in self._state.previous
-            if current is None or kept.installed.since < current.since
+            if kept.installed.digest not in bad
+            and not (
+                current is not None
+                and current.serial is not None
+                and kept.installed.serial is not None
+                and kept.installed.serial > current.serial
+            )
         ]
 
     def _go_back(
@@ -276,24 +293,21 @@ class Cycle:
         """
         current = self._state.installed
         tree = site.staging / kept.folder
-        first = next(iter(self._tree_differences(tree, kept.installed)), None)
+        preserved = (*self._entry.preserve, *kept.preserved)
+        first = next(iter(self._tree_differences(tree, kept.installed, kept.preserved)), None)
         if first is not None:
             raise ContentError(
                 f"{tree}: the kept version is not what was installed:"
                 f" {mtree.escape(first.path)} ({first.what})"
             )
-        changes = mtree.diff(
-            self._manifest_nodes(current) if current else (), self._manifest_nodes(kept.installed)
-        )
+        changes = self._changes_back(current, kept.installed)
         with self._outside.stop.shielded():
             installed = replace(kept.installed, since=self._outside.clock.time())
             journal = Journal(
                 Intent.EXCHANGE,
                 installed,
-                old=identity(site.destination),
-                new=identity(tree),
-                tree=kept.folder,
-                moves=commit.moves(site, self._entry),
+                folder=kept.folder,
+                moves=_outermost(preserved),
                 actions=act.promise(
                     self._entry,
                     act.triggered(self._entry, changes),
@@ -307,8 +321,9 @@ class Cycle:
                 hold=hold,
                 bad=bad,
             )
-            self._state = commit.exchange(site, self._state, self._folder, journal)
-            self._folder.save(self._state)
+            self._state = commit.exchange(
+                site, self._state, self._folder, journal, now=installed.since
+            )
         commands = self._act(installed.version)
         problems = "; ".join(map(str, self._failures))
         self._state = replace(self._state, last_error=problems or None)
@@ -322,6 +337,12 @@ class Cycle:
             version=installed.version,
             actions=commands,
         )
+
+    def _changes_back(self, current: Installed | None, older: Installed) -> Changes:
+        if not self._entry.is_archive:
+            return Changes(changed=(b".",))
+        before = kept_nodes(self._folder, current) if current else ()
+        return mtree.diff(before, kept_nodes(self._folder, older))
 
     def load_and_recover(self) -> None:
         """What every start does first, without network and actions."""
@@ -407,7 +428,10 @@ class Cycle:
         due = last is None or not 0 <= now - last < self._settings.daemon.verify_interval
         if not due and reason is not Reason.START:
             return None
-        first = next(iter(self.differences(site, installed)), None)
+        try:
+            first = next(iter(self.differences(site, installed)), None)
+        except ContentError as error:
+            return f"cannot be compared ({error})"
         if first is not None:
             return f"differs from what was installed: {mtree.escape(first.path)} ({first.what})"
         self._state = replace(self._state, last_verify=now)
@@ -417,35 +441,19 @@ class Cycle:
         """Whether nothing is left of a tree that had something in it. Looks at its root only."""
         if not self._entry.is_archive or any(site.destination.iterdir()):
             return False
-        _, *below = itertools.islice(self._manifest_nodes(installed), 2)
-        return bool(below)
+        try:
+            return len(list(itertools.islice(kept_nodes(self._folder, installed), 2))) > 1
+        except ContentError:
+            return True
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
-        return self._tree_differences(site.destination, installed)
+        return self._tree_differences(site.destination, installed, self._entry.preserve)
 
-    def _tree_differences(self, tree: Path, installed: Installed) -> Iterator[Difference]:
-        index = self._kept_index(installed)
-        if not self._entry.is_archive:
-            return _blob_differences(tree, index)
-        return differences(
-            tree,
-            self._manifest_nodes(installed),
-            features=index.features,
-            hash_name=index.hash_name,
-            preserve=self._entry.preserve,
-        )
-
-    def _kept_index(self, installed: Installed) -> index_format.Index:
-        file = self._folder.index(installed)
-        return index_format.parse(file.read_bytes(), str(file))
-
-    def _manifest_nodes(self, installed: Installed) -> Iterator[mtree.Node]:
-        if not self._entry.is_archive:
-            return iter(())
-        file = self._folder.manifest(installed)
-        lines = zstandard.decompress(file.read_bytes()).splitlines()
-        return mtree.parse(lines, self._kept_index(installed).features, str(file))
+    def _tree_differences(
+        self, tree: Path, installed: Installed, preserve: tuple[str, ...]
+    ) -> Iterator[Difference]:
+        return version_differences(tree, installed, self._entry, self._folder, preserve)
 
     def _adopt(self, site: Site, offer: Offer) -> bool:
         """Take a destination that already is what is offered, without writing to it.
@@ -487,7 +495,11 @@ class Cycle:
                     manifest = b"".join(pieces)
         installed = replace(self._installed(offer, digest), root=identity(site.destination))
         self._folder.keep_version(
-            installed, offer.index_bytes, offer.candidate.text, zstandard.compress(manifest)
+            installed,
+            offer.index_bytes,
+            offer.candidate.text,
+            zstandard.compress(manifest),
+            signed=offer.candidate.signed,
         )
         now = self._outside.clock.time()
         self._state = replace(self._state, installed=installed, last_verify=now)
@@ -532,7 +544,7 @@ class Cycle:
             def begin() -> None:
                 shield.enter_context(self._outside.stop.shielded())
                 self._state = commit.begin_in_place(
-                    self._state, self._folder, self._installed(offer, ""), planned.before
+                    self._state, self._folder, self._installed(offer, "")
                 )
 
             with self._chunks(offer) as chunks:
@@ -546,7 +558,7 @@ class Cycle:
                     self._entry,
                     act.triggered(self._entry, verified.changes),
                     changes=verified.changes,
-                    old=planned.old or self._state.installed,
+                    old=commit.standing(self._state),
                     new=installed,
                     reason=reason,
                     folder=self._folder,
@@ -650,7 +662,9 @@ class Cycle:
             if not mirror.needs(installed):
                 return
             self._monitor.step(Step.MIRROR, installed.version)
-            with self._chunk_chain(self._kept_index(installed), [candidate.source]) as chunks:
+            with self._chunk_chain(
+                kept_index(self._folder, installed), [candidate.source]
+            ) as chunks:
                 done = mirror.refresh(
                     installed,
                     site.destination,
@@ -677,19 +691,15 @@ class Cycle:
     def _prune(self, site: Site) -> None:
         """Remove what no state names any longer: it forgets first, so that it names no ruin.
 
-        Also what a kill has left of earlier cycles.
+        Also what a kill has left of earlier cycles, hence after every cycle.
         """
         stay = self._state.previous[: self._entry.keep]
         if stay != self._state.previous:
             self._state = replace(self._state, previous=stay)
             self._folder.save(self._state)
-        named = {kept.folder for kept in stay}
-        for folder in site.staging.glob("previous-*"):
-            if folder.name not in named:
-                remove(folder)
-        remove(site.new)
         remove(self._spool.parent)
         self._folder.forget_versions(self._state)
+        sweep(site, {kept.folder for kept in self._state.previous})
 
     @contextlib.contextmanager
     def _chunks(self, offer: Offer) -> Iterator[Chunks]:
@@ -744,10 +754,14 @@ class Cycle:
 
     def _failed(self, error: UpdaterError) -> CycleEnd:
         now = self._outside.clock.time()
-        self._state = replace(self._state, last_check=now, last_error=str(error))
-        if isinstance(error, TrustError):
-            self._state = replace(self._state, refused=_refusal(error, self._state, now))
         with contextlib.suppress(LocalError):
+            saved = self._folder.load()
+            if saved.journal is not None:
+                # What a commit announced stays announced, until recovery has looked.
+                self._state = saved
+            self._state = replace(self._state, last_check=now, last_error=str(error))
+            if isinstance(error, TrustError):
+                self._state = replace(self._state, refused=_refusal(error, self._state, now))
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
 
@@ -795,11 +809,13 @@ _MTREE_CARRIES = frozenset(
 )
 
 
-def _blob_differences(file: Path, index: index_format.Index) -> Iterator[Difference]:
-    try:
-        archive_digest(file, index)
-    except ContentError:
-        yield Difference(b".", "content")
+def _outermost(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Each path once, without those that lie in another one."""
+    return tuple(
+        path
+        for path in dict.fromkeys(paths)
+        if not any(Path(other) in Path(path).parents for other in paths)
+    )
 
 
 def _outcome(error: UpdaterError) -> Outcome:

@@ -1,6 +1,6 @@
 """What the rooms of the cycle hand to each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -158,7 +158,7 @@ class Chunks(Protocol):
             RemoteError: no source can be reached.
         """
 
-    def stream(self, wanted: tuple[ChunkRef, ...]) -> Iterator[tuple[ChunkRef, bytes]]:
+    def stream(self, wanted: Iterable[ChunkRef]) -> Iterator[tuple[ChunkRef, bytes]]:
         """The bytes of many chunks, in the order asked for, fetched ahead side by side."""
 
 

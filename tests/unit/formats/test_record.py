@@ -1,0 +1,122 @@
+import os
+from array import array
+from pathlib import Path
+
+import pytest
+from tests.unit.formats.test_archive import FLAGS, file, folder
+
+from casync_updater.errors import ContentError, LocalError
+from casync_updater.formats import record as record_format
+from casync_updater.formats.archive import Decoder, Memory
+from casync_updater.formats.index import Index
+from casync_updater.formats.record import END, FILE, Record, RecordWriter, Window, kind_of
+
+DATA = b"0123456789" * 50
+STREAM = folder(
+    (b"a", file(DATA)),
+    (b"d", folder((b"e", file(b"")), (b"f", file(b"tail")))),
+    *((b"n%06d" % number, file(b"")) for number in range(3000)),
+)
+
+
+@pytest.fixture
+def record() -> Record:
+    index = Index(FLAGS, 1, 1, 1 << 20, array("Q", [len(STREAM), 0, 0, 0, 0]).tobytes())
+    feed = Memory(STREAM)
+    decoder = Decoder(feed, FLAGS)
+    writer = RecordWriter(index)
+    while True:
+        node = decoder.next()
+        kind = kind_of(node.mode) if node.mode else END
+        writer.add(node, kind)
+        if kind == FILE:
+            writer.digest(b"D" * 16)
+            feed.position += node.size
+        if not decoder.frames:
+            return writer.finish()
+
+
+def test_any_range_is_in_the_record_or_in_a_file(record: Record) -> None:
+    content = {b"a": DATA, b"d/f": b"tail"}
+    for start in range(0, len(STREAM), 977):
+        for size in (1, 16, 500, 5000):
+            end = min(start + size, len(STREAM))
+            out = b""
+            for piece in record.pieces(start, end):
+                if isinstance(piece, bytes):
+                    out += piece
+                else:
+                    node, offset, count = piece
+                    out += content[record.path(node)][offset : offset + count]
+            assert out == STREAM[start:end]
+
+
+def test_a_range_without_content_is_literal(record: Record) -> None:
+    start, end = record.content(1)
+    assert STREAM[start:end] == DATA
+    assert record.literal(0, start) == STREAM[:start]
+    assert record.literal(0, start + 1) is None
+    assert record.literal(end, end + 100) == STREAM[end : end + 100]
+
+
+def test_it_is_the_same_after_it_was_saved(record: Record, tmp_path: Path) -> None:
+    record.stamp(1, os.lstat(tmp_path))
+    record.save(tmp_path / "record")
+    loaded = record_format.load(tmp_path / "record")
+    assert loaded is not None
+    for name in ("starts", "places", "spans", "parents", "inodes", "mtimes", "ctimes", "modes"):
+        assert getattr(loaded, name) == getattr(record, name)
+    assert (loaded.index, loaded.kinds) == (record.index, record.kinds)
+    assert loaded.skeleton.frames == record.skeleton.frames
+    assert loaded.path(4) == b"d/f"
+    assert [path.name for path in tmp_path.iterdir()] == ["record"]
+
+
+def test_damage_anywhere_is_found(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    record.save(path)
+    good = path.read_bytes()
+    for place in range(0, len(good), max(1, len(good) // 60)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x41]) + good[place + 1 :])
+        with pytest.raises(ContentError, match="damaged"):
+            record_format.load(path)
+        path.write_bytes(good[:place])
+        with pytest.raises(ContentError, match="damaged"):
+            record_format.load(path)
+
+
+def test_no_record_is_none(tmp_path: Path) -> None:
+    assert record_format.load(tmp_path / "record") is None
+
+
+def test_a_folder_that_is_gone_is_said(record: Record, tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match="cannot be written"):
+        record.save(tmp_path / "gone" / "record")
+
+
+def test_trust(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    before = path.lstat()
+    record.stamp(1, before)
+    assert record.trusted(1, before, ())
+    while path.lstat().st_ctime_ns == before.st_ctime_ns:
+        path.chmod(0o600)
+        path.chmod(before.st_mode)
+    after = path.lstat()
+    assert not record.trusted(1, after, ())
+    ctime = after.st_ctime_ns
+    assert record.trusted(1, after, (Window(ctime, ctime),))
+    assert not record.trusted(1, after, (Window(ctime + 1, ctime + 9), Window(0, ctime - 1)))
+    path.write_bytes(DATA + b"longer")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not record.trusted(1, path.lstat(), (Window(0, 1 << 62),))
+
+
+def test_the_clock_of_a_file_system_leaves_mtimes_alone(tmp_path: Path) -> None:
+    os.utime(tmp_path, (7, 8))
+    directory = os.open(tmp_path, os.O_RDONLY)
+    now = record_format.file_system_time(directory)
+    os.close(directory)
+    assert tmp_path.stat().st_mtime == 8
+    assert now == tmp_path.stat().st_ctime_ns
