@@ -42,6 +42,8 @@ class ActionState(StrEnum):
     LEFT = "left"
     """It was running when the updater was told to stop: it goes on by itself and is not
     repeated, however it ends."""
+    ENDED = "ended"
+    """Its result is known; what the runner kept of it is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,10 @@ class State:
     pending: tuple[PendingAction, ...] = ()
     answers: tuple[Answer, ...] = ()
     trial: int | None = None
-    """How often the health check of the installed version was begun and cut off; None where
-    it has passed, or there is none."""
+    """In how many boots the health check of the installed version was begun; None where it has
+    passed, or there is none."""
+    trial_boot: str = ""
+    """The last one of them: in the same boot, a check that was begun is collected."""
     bad: tuple[Bad, ...] = ()
     held: str | None = None
     """Why the entry stays where it is until `resume`."""
@@ -188,6 +192,13 @@ class State:
         """The state with a document's body replaced."""
         others = tuple(other for other in self.answers if other.key != answer.key)
         return replace(self, answers=(*others, answer))
+
+
+class UnrecordedError(LocalError):
+    """What happened is not in the state: what is on the disk says how the next start goes on.
+
+    Whoever catches it must not save the state that it has in memory, which knows less.
+    """
 
 
 class StateFolder:
@@ -301,13 +312,15 @@ class StateFolder:
         """Replace the state file in one atomic, durable step.
 
         Raises:
-            LocalError: it could not be written; the old one is still there.
+            UnrecordedError: it could not be written; the old one is still there.
         """
         text = json.dumps(codec.to_json(state), indent=1)
         try:
             write_atomic(self.path / "state.json", text.encode())
         except OSError as error:
-            raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
+            raise UnrecordedError(
+                f"{self.path}: the state cannot be saved: {error.strerror}"
+            ) from error
 
     def keep_version(
         self,

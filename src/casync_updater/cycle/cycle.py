@@ -55,7 +55,16 @@ from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
-from casync_updater.state import Bad, Intent, Journal, Kept, Refusal, State, StateFolder
+from casync_updater.state import (
+    Bad,
+    Intent,
+    Journal,
+    Kept,
+    Refusal,
+    State,
+    StateFolder,
+    UnrecordedError,
+)
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
 from casync_updater.trust import unwrap
@@ -156,8 +165,11 @@ class Cycle:
                 self._prove(site)
                 end = self._cycle(site, reason, accept_legacy)
                 self._prune(site)
+                self._folder.save(self._state)
         except StoppedError as error:
             return CycleEnd(Outcome.STOPPED, 1, str(error))
+        except UnrecordedError as error:
+            return CycleEnd(Outcome.FAILED, error.exit_code, str(error))
         except UpdaterError as error:
             return self._failed(error)
         except OSError as error:
@@ -617,7 +629,6 @@ class Cycle:
             len(verified.changes.changed),
             len(verified.changes.removed),
         )
-        remove(self._spool.parent)
         return self._act(version)
 
     def _act(self, version: str | None = None) -> tuple[str, ...]:
@@ -648,33 +659,40 @@ class Cycle:
         trial, installed = self._state.trial, self._state.installed
         if trial is None or installed is None:
             return
-        if trial < _TRIALS:
-            self._state = replace(self._state, trial=trial + 1)
-            self._folder.save(self._state)
+        before, boot = self._state, self._outside.clock.boot_id()
+        if trial < _TRIALS or before.trial_boot == boot:
+            if before.trial_boot != boot:
+                self._state = replace(before, trial=trial + 1, trial_boot=boot)
+                self._folder.save(self._state)
             try:
                 failure = self._actor().examine(
-                    self._entry.health_check, f"{installed.since:.0f}-{trial}"
+                    self._entry.health_check, f"{installed.index_sha256} {installed.since}"
                 )
             except StoppedError:
                 # An orderly stop is not the version's fault.
-                self._state = replace(self._state, trial=trial)
+                self._state = before
                 self._folder.save(self._state)
                 raise
         else:
             failure = f"its health check was cut off {trial} times"
-        self._state = replace(self._state, trial=None)
         if failure is None:
+            self._state = replace(self._state, trial=None, trial_boot="")
             self._folder.save(self._state)
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
         bad = Bad(installed.digest, installed.serial)
         older = self._older_versions()
-        if not older:
-            self._state = replace(self._state, bad=(*self._state.bad, bad))
+        try:
+            if not older:
+                raise ContentError("there is no version to go back to")
+            end = self._go_back(site, older[0], hold=None, bad=(bad,))
+        except ContentError as error:
+            self._state = replace(
+                self._state, trial=None, trial_boot="", bad=(*self._state.bad, bad)
+            )
             self._folder.save(self._state)
-            raise LocalError(f"{name}: {failure}; there is no version to go back to")
-        end = self._go_back(site, older[0], hold=None, bad=(bad,))
+            raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
     def _mirror(self, site: Site, checked: Checked) -> None:
@@ -741,9 +759,15 @@ class Cycle:
         self._log.info("refreshed the backup: %d chunks, %.1f MB", done.chunks, done.size / 1e6)
 
     def _prune(self, site: Site) -> None:
-        """Remove previous versions beyond `keep`, and what the state kept of them."""
-        self._state = replace(self._state, previous=self._state.previous[: self._entry.keep])
-        self._folder.save(self._state)
+        """Remove what no state names any longer: it forgets first, so that it names no ruin.
+
+        Also what a kill has left of earlier cycles, hence after every cycle.
+        """
+        stay = self._state.previous[: self._entry.keep]
+        if stay != self._state.previous:
+            self._state = replace(self._state, previous=stay)
+            self._folder.save(self._state)
+        remove(self._spool.parent)
         self._folder.forget_versions(self._state)
         sweep(site, {kept.folder for kept in self._state.previous})
 

@@ -8,14 +8,16 @@
         previous-SERIAL-HEX               versions kept for a rollback
 """
 
+import contextlib
 import os
 import re
 import secrets
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from casync_updater import syscalls
 from casync_updater.errors import LocalError
 from casync_updater.files import write_atomic
 from casync_updater.model import Apply, Entry, Identity, Installed
@@ -170,7 +172,8 @@ def sweep(site: Site, stay: Collection[str]) -> None:
 def remove(path: Path) -> None:
     """Remove a tree or a file; nothing there is fine. Never follows symbolic links.
 
-    Not recursive: an archive may be deeper than Python's stack and than a path may be long.
+    Not recursive: an archive may be deeper than Python's stack and than a path may be long. What
+    is immutable or append-only (chattr +i, +a) is made removable first.
 
     Raises:
         LocalError: something in it cannot be removed, or is mounted there; it is named.
@@ -181,7 +184,12 @@ def remove(path: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             _remove_tree(path)
         else:
-            path.unlink(missing_ok=True)
+            folder = os.open(path.parent, _FOLDER)
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    _gone(os.unlink, os.fsencode(path.name), folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise LocalError(f"{path} cannot be removed: {error.strerror}") from error
 
@@ -198,7 +206,7 @@ def _remove_tree(path: Path) -> None:
                 folder = _entered(folder, inner)
                 continue
             folder = _entered(folder, b"..")
-            os.rmdir(branch.pop(), dir_fd=folder)
+            _gone(os.rmdir, branch.pop(), folder)
             if not branch:
                 return
     finally:
@@ -226,6 +234,15 @@ def _without_files(folder: int) -> bytes | None:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     return os.fsencode(entry.name)
-                os.unlink(entry.name, dir_fd=folder)
+                _gone(os.unlink, os.fsencode(entry.name), folder)
                 found = True
     return None
+
+
+def _gone(removal: Callable[..., None], name: bytes, folder: int) -> None:
+    try:
+        removal(name, dir_fd=folder)
+    except PermissionError:
+        for node in (name, b"."):
+            syscalls.make_changeable(node, folder)
+        removal(name, dir_fd=folder)
