@@ -8,7 +8,6 @@
         previous-SERIAL-HEX               versions kept for a rollback
 """
 
-import contextlib
 import os
 import re
 import secrets
@@ -183,11 +182,10 @@ def remove(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
             _remove_tree(path)
-        else:
+        elif os.path.lexists(path):
             folder = os.open(path.parent, _FOLDER)
             try:
-                with contextlib.suppress(FileNotFoundError):
-                    _gone(os.unlink, os.fsencode(path.name), folder)
+                _gone(os.unlink, os.fsencode(path.name), folder)
             finally:
                 os.close(folder)
     except OSError as error:
