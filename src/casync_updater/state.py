@@ -8,6 +8,7 @@
     STATE/NAME/queued            a cycle that an action of the same entry asked for
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
+                                 .signed (empty) where a signature of that was verified,
                                  .mtree.zst the manifest of the tree
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
@@ -78,8 +79,11 @@ class Journal:
             every other one, also where device numbers changed with a reboot.
         old: the tree in the destination before the exchange; None where there was none.
         new: the tree that takes its place.
+        folder: where that stands in the staging folder, and the old one after the exchange.
         installed: what the state records when the new tree is in place.
-        moves: preserved paths, relative to the destination, that move from old to new.
+        replaced: the version that stood in a destination before it was updated in place.
+        moves: preserved paths, relative to the destination: what is there of them moves from
+            old to new.
         actions: what is promised to run once the new tree is in place.
         trial: a health check has to succeed afterwards.
         hold: the entry is held there afterwards (a rollback).
@@ -91,6 +95,8 @@ class Journal:
     token: str = ""
     old: Identity | None = None
     new: Identity | None = None
+    folder: str = "new"
+    replaced: Installed | None = None
     moves: tuple[str, ...] = ()
     actions: tuple[PendingAction, ...] = ()
     trial: bool = False
@@ -165,7 +171,7 @@ class State:
     backup_absent: bool = False
     """It was said that the backup's folder is not there."""
     newest_date: float | None = None
-    """The newest Date of any release that was accepted: a lower bound for the clock."""
+    """The newest Date of any verified release: a lower bound for the clock."""
 
     @property
     def accepted_release(self) -> bool:
@@ -257,7 +263,7 @@ class StateFolder:
             return self._rebuilt()
         except OSError as error:
             raise LocalError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             file.replace(file.with_name("state.json.broken"))
             return self._rebuilt()
         if state.destination != self._destination:
@@ -273,7 +279,7 @@ class StateFolder:
         """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
         try:
             return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return State(self._destination)
 
     def _rebuilt(self) -> State:
@@ -288,7 +294,7 @@ class StateFolder:
                 state = accepted(
                     state,
                     parse_release(unwrap(text), str(file)).mark,
-                    signed=text.startswith(b"-----BEGIN PGP SIGNED MESSAGE-----"),
+                    signed=file.with_suffix(".signed").exists(),
                 )
         return state
 
@@ -305,11 +311,22 @@ class StateFolder:
             raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
 
     def keep_version(
-        self, installed: Installed, index: bytes, release: bytes | None, manifest: bytes | None
+        self,
+        installed: Installed,
+        index: bytes,
+        release: bytes | None,
+        manifest: bytes | None,
+        *,
+        signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them."""
+        """Write a version's companions, durably, before a state names them.
+
+        Raises:
+            OSError: one could not be written.
+        """
         for path, data in (
             (self.index(installed), index),
+            (self._version(installed, ".signed"), b"" if signed else None),
             (self.release(installed), release),
             (self.manifest(installed), manifest),
         ):
@@ -323,6 +340,8 @@ class StateFolder:
             named.add(state.installed.index_sha256)
         if state.journal is not None:
             named.add(state.journal.installed.index_sha256)
+            if state.journal.replaced is not None:
+                named.add(state.journal.replaced.index_sha256)
         folder = self.path / "versions"
         for file in folder.iterdir():
             if file.name.split(".")[0] not in named:
@@ -341,9 +360,13 @@ class StateFolder:
 
         Raises:
             BusyError: another process still holds it, with its number and reason.
+            LocalError: there can be no lock.
         """
         self.prepare()
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LocalError(f"{self.path / 'lock'}: {error.strerror}") from error
         try:
             deadline = time.monotonic() + wait
             while not _try_lock(descriptor):
@@ -351,8 +374,9 @@ class StateFolder:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                     raise BusyError(f"{self.path.name} is held by {holder or 'another process'}")
                 time.sleep(0.1)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
+            with contextlib.suppress(OSError):  # A full disk: the lock holds without a name.
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -369,11 +393,12 @@ def _try_lock(descriptor: int) -> bool:
 def accepted(state: State, mark: Mark, *, signed: bool) -> State:
     """The state after a release was accepted: its mark raised, never lowered.
 
-    Only verified releases raise the signed mark; nothing unsigned can lock out the publisher.
+    Only verified releases raise the signed mark and the newest date; nothing unsigned can lock
+    out the publisher, neither with a serial nor with a date that makes every release expire.
     """
-    newest = max(mark.date, state.newest_date or 0.0)
     if signed:
+        newest = max(mark.date, state.newest_date or 0.0)
         highest = max(mark, state.signed_mark or mark)
         return replace(state, signed_mark=highest, newest_date=newest)
     highest = max(mark, state.unsigned_mark or mark)
-    return replace(state, unsigned_mark=highest, newest_date=newest)
+    return replace(state, unsigned_mark=highest)

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import stat
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -40,11 +41,14 @@ def _renameat2(source: Path, target: Path, flags: int) -> None:
 def sync_file_system(path: Path) -> None:
     """Write everything of the file system that holds a path to its medium (syncfs).
 
-    One call for a whole tree: thousands of single fsyncs would each wait for the medium.
+    One call for a whole tree: thousands of single fsyncs would each wait for the medium. The
+    file system of a block device's node is that of /dev, so a device is synced by itself.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        if _libc.syncfs(descriptor):
+        if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+            os.fsync(descriptor)
+        elif _libc.syncfs(descriptor):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(path))
     finally:

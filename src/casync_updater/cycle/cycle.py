@@ -20,7 +20,8 @@ from casync_updater.cycle.build import CasyncBuilder
 from casync_updater.cycle.check import Checker, load
 from casync_updater.cycle.mirror import Mirror, present
 from casync_updater.cycle.plan import lacking, plan
-from casync_updater.cycle.staging import Site, identity, remove, survey
+from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
+from casync_updater.cycle.staging import Site, identity, remove, survey, sweep
 from casync_updater.cycle.stop import Stop, StoppedError
 from casync_updater.cycle.tree import Difference, archive_digest, differences
 from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
@@ -167,7 +168,9 @@ class Cycle:
         self._monitor.step(Step.RECOVER)
         site = survey(self._entry, self._state.no_exchange)
         with self._outside.stop.shielded():
-            self._state = commit.recover(site, self._state, self._folder, self._log.warning)
+            self._state = commit.recover(
+                site, self._state, self._entry, self._folder, self._log.warning
+            )
         return site
 
     def preview(self) -> Preview:
@@ -206,7 +209,10 @@ class Cycle:
         current = self._state.installed
         if current is None:
             return frozenset()
-        return frozenset(ref.id for ref in self._kept_index(current))
+        try:
+            return frozenset(ref.id for ref in kept_index(self._folder, current))
+        except ContentError:
+            return frozenset()
 
     def _announced_changes(self, offer: Offer) -> Changes | None:
         """What the published manifest says that differs from the installed version."""
@@ -214,7 +220,10 @@ class Cycle:
         if manifest is None:
             return None
         current = self._state.installed
-        before = self._manifest_nodes(current) if current else ()
+        try:
+            before = kept_nodes(self._folder, current) if current else iter(())
+        except ContentError:
+            return None
         where = offer.candidate.where
         return mtree.diff(before, mtree.parse(manifest.splitlines(), offer.index.features, where))
 
@@ -251,7 +260,13 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
-        return [kept for kept in self._state.previous if not kept.left]
+        """The versions to go back to, latest first; what was left by going back is none."""
+        bad = {version.digest for version in self._state.bad}
+        return [
+            kept
+            for kept in self._state.previous
+            if not kept.left and kept.installed.digest not in bad
+        ]
 
     def _go_back(
         self, site: Site, kept: Kept, *, hold: str | None, bad: tuple[Bad, ...]
@@ -262,28 +277,21 @@ class Cycle:
         """
         current = self._state.installed
         tree = site.staging / kept.folder
-        first = next(iter(self._tree_differences(tree, kept.installed)), None)
+        preserved = (*self._entry.preserve, *kept.preserved)
+        first = next(iter(self._tree_differences(tree, kept.installed, kept.preserved)), None)
         if first is not None:
             raise ContentError(
                 f"{tree}: the kept version is not what was installed:"
                 f" {mtree.escape(first.path)} ({first.what})"
             )
-        changes = mtree.diff(
-            self._manifest_nodes(current) if current else (), self._manifest_nodes(kept.installed)
-        )
+        changes = self._changes_back(current, kept.installed)
         with self._outside.stop.shielded():
-            remove(site.new)
-            tree.rename(site.new)
-            self._state = replace(
-                self._state, previous=tuple(k for k in self._state.previous if k is not kept)
-            )
             installed = replace(kept.installed, since=self._outside.clock.time())
             journal = Journal(
                 Intent.EXCHANGE,
                 installed,
-                old=identity(site.destination),
-                new=identity(site.new),
-                moves=commit.moves(site, self._entry),
+                folder=kept.folder,
+                moves=_outermost(preserved),
                 actions=act.promise(
                     self._entry,
                     act.triggered(self._entry, changes),
@@ -297,8 +305,9 @@ class Cycle:
                 hold=hold,
                 bad=bad,
             )
-            self._state = commit.exchange(site, self._state, self._folder, journal)
-            self._folder.save(self._state)
+            self._state = commit.exchange(
+                site, self._state, self._folder, journal, now=installed.since
+            )
         commands = self._act(installed.version)
         problems = "; ".join(map(str, self._failures))
         self._state = replace(self._state, last_error=problems or None)
@@ -312,6 +321,12 @@ class Cycle:
             version=installed.version,
             actions=commands,
         )
+
+    def _changes_back(self, current: Installed | None, older: Installed) -> Changes:
+        if not self._entry.is_archive:
+            return Changes(changed=(b".",))
+        before = kept_nodes(self._folder, current) if current else ()
+        return mtree.diff(before, kept_nodes(self._folder, older))
 
     def load_and_recover(self) -> None:
         """What every start does first, without network and actions."""
@@ -388,7 +403,7 @@ class Cycle:
 
     def _offer_again(self, installed: Installed, current: Candidate) -> Offer:
         """The installed version as it was offered once, while the source has another one."""
-        data = self._folder.index(installed).read_bytes()
+        index = kept_index(self._folder, installed)
         kept = self._folder.release(installed)
         text = kept.read_bytes() if kept.exists() else None
         candidate = replace(
@@ -396,13 +411,13 @@ class Cycle:
             release=parse_release(trust.unwrap(text), str(kept)) if text else None,
             text=text,
             digest=installed.digest,
-            index_bytes=data,
+            index_bytes=None,
             where=installed.source,
         )
         return Offer(
             candidate,
-            self._kept_index(installed),
-            data,
+            index,
+            self._folder.index(installed).read_bytes(),
             installed.index_sha256,
             self._entry.is_archive,
             repair=True,
@@ -422,7 +437,10 @@ class Cycle:
         due = last is None or not 0 <= now - last < self._settings.daemon.verify_interval
         if not due and reason is not Reason.START:
             return None
-        first = next(iter(self.differences(site, installed)), None)
+        try:
+            first = next(iter(self.differences(site, installed)), None)
+        except ContentError as error:
+            return f"cannot be compared ({error})"
         if first is not None:
             return f"differs from what was installed: {mtree.escape(first.path)} ({first.what})"
         self._state = replace(self._state, last_verify=now)
@@ -432,35 +450,19 @@ class Cycle:
         """Whether nothing is left of a tree that had something in it. Looks at its root only."""
         if not self._entry.is_archive or any(site.destination.iterdir()):
             return False
-        _, *below = itertools.islice(self._manifest_nodes(installed), 2)
-        return bool(below)
+        try:
+            return len(list(itertools.islice(kept_nodes(self._folder, installed), 2))) > 1
+        except ContentError:
+            return True
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
-        return self._tree_differences(site.destination, installed)
+        return self._tree_differences(site.destination, installed, self._entry.preserve)
 
-    def _tree_differences(self, tree: Path, installed: Installed) -> Iterator[Difference]:
-        index = self._kept_index(installed)
-        if not self._entry.is_archive:
-            return _blob_differences(tree, index)
-        return differences(
-            tree,
-            self._manifest_nodes(installed),
-            features=index.features,
-            hash_name=index.hash_name,
-            preserve=self._entry.preserve,
-        )
-
-    def _kept_index(self, installed: Installed) -> index_format.Index:
-        file = self._folder.index(installed)
-        return index_format.parse(file.read_bytes(), str(file))
-
-    def _manifest_nodes(self, installed: Installed) -> Iterator[mtree.Node]:
-        if not self._entry.is_archive:
-            return iter(())
-        file = self._folder.manifest(installed)
-        lines = zstandard.decompress(file.read_bytes()).splitlines()
-        return mtree.parse(lines, self._kept_index(installed).features, str(file))
+    def _tree_differences(
+        self, tree: Path, installed: Installed, preserve: tuple[str, ...]
+    ) -> Iterator[Difference]:
+        return version_differences(tree, installed, self._entry, self._folder, preserve)
 
     def _adopt(self, site: Site, offer: Offer) -> bool:
         """Take a destination that already is what is offered, without writing to it.
@@ -502,7 +504,11 @@ class Cycle:
                     manifest = b"".join(pieces)
         installed = replace(self._installed(offer, digest), root=identity(site.destination))
         self._folder.keep_version(
-            installed, offer.index_bytes, offer.candidate.text, zstandard.compress(manifest)
+            installed,
+            offer.index_bytes,
+            offer.candidate.text,
+            zstandard.compress(manifest),
+            signed=offer.candidate.signed,
         )
         now = self._outside.clock.time()
         self._state = replace(self._state, installed=installed, last_verify=now)
@@ -561,7 +567,7 @@ class Cycle:
                     self._entry,
                     act.triggered(self._entry, verified.changes),
                     changes=verified.changes,
-                    old=planned.old or self._state.installed,
+                    old=commit.standing(self._state),
                     new=installed,
                     reason=reason,
                     folder=self._folder,
@@ -659,7 +665,9 @@ class Cycle:
             if not mirror.needs(installed):
                 return
             self._monitor.step(Step.MIRROR, installed.version)
-            with self._chunk_chain(self._kept_index(installed), [candidate.source]) as chunks:
+            with self._chunk_chain(
+                kept_index(self._folder, installed), [candidate.source]
+            ) as chunks:
                 done = mirror.refresh(
                     installed,
                     site.destination,
@@ -684,21 +692,11 @@ class Cycle:
             )
 
     def _prune(self, site: Site) -> None:
-        """Remove every kept tree beyond `keep`, and what the state kept of them.
-
-        Also those that an interrupted cycle, or a state that was lost, left behind; not those
-        that still hold something of the device.
-        """
-        stay = self._state.previous[: self._entry.keep]
-        named = {kept.folder for kept in stay}
-        for folder in site.staging.glob("previous-*"):
-            if folder.name not in named and not commit.holds_preserved(
-                folder, self._entry.preserve
-            ):
-                remove(folder)
-        self._state = replace(self._state, previous=stay)
+        """Remove previous versions beyond `keep`, and what the state kept of them."""
+        self._state = replace(self._state, previous=self._state.previous[: self._entry.keep])
         self._folder.save(self._state)
         self._folder.forget_versions(self._state)
+        sweep(site, {kept.folder for kept in self._state.previous}, self._entry.preserve)
 
     @contextlib.contextmanager
     def _chunks(self, offer: Offer) -> Iterator[Chunks]:
@@ -753,10 +751,14 @@ class Cycle:
 
     def _failed(self, error: UpdaterError) -> CycleEnd:
         now = self._outside.clock.time()
-        self._state = replace(self._state, last_check=now, last_error=str(error))
-        if isinstance(error, TrustError):
-            self._state = replace(self._state, refused=_refusal(error, self._state, now))
         with contextlib.suppress(LocalError):
+            saved = self._folder.load()
+            if saved.journal is not None:
+                # What a commit announced stays announced, until recovery has looked.
+                self._state = saved
+            self._state = replace(self._state, last_check=now, last_error=str(error))
+            if isinstance(error, TrustError):
+                self._state = replace(self._state, refused=_refusal(error, self._state, now))
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
 
@@ -804,11 +806,13 @@ _MTREE_CARRIES = frozenset(
 )
 
 
-def _blob_differences(file: Path, index: index_format.Index) -> Iterator[Difference]:
-    try:
-        archive_digest(file, index)
-    except ContentError:
-        yield Difference(b".", "content")
+def _outermost(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Each path once, without those that lie in another one."""
+    return tuple(
+        path
+        for path in dict.fromkeys(paths)
+        if not any(Path(other) in Path(path).parents for other in paths)
+    )
 
 
 def _outcome(error: UpdaterError) -> Outcome:
