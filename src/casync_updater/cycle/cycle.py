@@ -275,7 +275,13 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
-        return [kept for kept in self._state.previous if not kept.left]
+        """The versions to go back to, latest first; what was left by going back is none."""
+        bad = {version.digest for version in self._state.bad}
+        return [
+            kept
+            for kept in self._state.previous
+            if not kept.left and kept.installed.digest not in bad
+        ]
 
     def _go_back(
         self, site: Site, kept: Kept, *, hold: str | None, bad: tuple[Bad, ...]
@@ -441,7 +447,7 @@ class Cycle:
 
     def _offer_again(self, installed: Installed, current: Candidate) -> Offer:
         """The installed version as it was offered once, while the source has another one."""
-        data = self._folder.index(installed).read_bytes()
+        index = kept_index(self._folder, installed)
         kept = self._folder.release(installed)
         text = kept.read_bytes() if kept.exists() else None
         candidate = replace(
@@ -449,13 +455,13 @@ class Cycle:
             release=parse_release(trust.unwrap(text), str(kept)) if text else None,
             text=text,
             digest=installed.digest,
-            index_bytes=data,
+            index_bytes=None,
             where=installed.source,
         )
         return Offer(
             candidate,
-            kept_index(self._folder, installed),
-            data,
+            index,
+            self._folder.index(installed).read_bytes(),
             installed.index_sha256,
             self._entry.is_archive,
             repair=True,
@@ -769,7 +775,7 @@ class Cycle:
             self._folder.save(self._state)
         remove(self._spool.parent)
         self._folder.forget_versions(self._state)
-        sweep(site, {kept.folder for kept in self._state.previous})
+        sweep(site, {kept.folder for kept in self._state.previous}, self._entry.preserve)
 
     @contextlib.contextmanager
     def _chunks(self, offer: Offer, checked: Checked) -> Iterator[Chunks]:
