@@ -586,6 +586,7 @@ class Cycle:
             self._folder,
             runner=self._outside.runner,
             settings=self._settings.actions,
+            stop=self._outside.stop,
             waiting=lambda: self._monitor.progress(Progress(0)),
             log=self._log,
         )
@@ -619,7 +620,7 @@ class Cycle:
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
-        bad = Bad(installed.digest, installed.serial)
+        bad = Bad(installed.digest, installed.serial, installed.index_sha256)
         older = self._older_versions()
         if not older:
             self._state = replace(self._state, bad=(*self._state.bad, bad))
