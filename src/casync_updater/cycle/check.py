@@ -104,7 +104,7 @@ class Checker:
                     " a source without one is not taken; if that is meant, say: casync-updater"
                     f" update --accept-legacy {self._entry.name}"
                 ) from error
-        if self._signature_needed():
+        if self._signature_needed(but_for_the_mark=self._accept_legacy):
             raise TrustError(
                 "signature",
                 expected="a signed release",
@@ -160,11 +160,11 @@ class Checker:
             )
         return document.body, document.where
 
-    def _signature_needed(self) -> bool:
+    def _signature_needed(self, *, but_for_the_mark: bool = False) -> bool:
         return bool(
             self._entry.signed_by
             or self._settings.require
-            or (self.state.signed_mark and not self._accept_legacy)
+            or (self.state.signed_mark and not but_for_the_mark)
         )
 
     def _now(self) -> BestClock:
@@ -177,9 +177,7 @@ class Checker:
         self._demand_project(release, candidate.where)
         mark = self.state.signed_mark if candidate.signed else self.state.unsigned_mark
         installed = self.state.installed
-        known_digest = (
-            installed.digest if installed and mark and installed.serial == mark.serial else None
-        )
+        known_digest = None if mark is None else self._digest_of(mark.serial)
         match order(release, mark, known_digest):
             case Order.OLDER:
                 return self._older(candidate, release, mark)
@@ -203,7 +201,7 @@ class Checker:
             )
             return UpToDate(candidate)
         if any(release.digest == bad.digest for bad in self.state.bad):
-            return UpToDate(candidate, f"{release.version} failed here before: it stays away")
+            return self._stays_away(candidate)
         if freshness(release, self._now()) is Freshness.EXPIRED:
             raise TrustError(
                 "expiry",
@@ -212,6 +210,14 @@ class Checker:
                 where=candidate.where,
             )
         return self._unless_held(candidate)
+
+    def _digest_of(self, serial: int) -> str | None:
+        """The digest that was seen here under a serial, installed now or before."""
+        seen = {bad.serial: bad.digest for bad in self.state.bad}
+        seen |= {kept.installed.serial: kept.installed.digest for kept in self.state.previous}
+        if self.state.installed is not None:
+            seen[self.state.installed.serial] = self.state.installed.digest
+        return seen.get(serial)
 
     def _judge_legacy(self, candidate: Candidate) -> UpToDate | Newer:
         if self._accept_legacy:
@@ -225,7 +231,17 @@ class Checker:
                 same = _sha256(candidate.index_bytes) == installed.index_sha256
             if same:
                 return UpToDate(candidate)
+        if any(
+            candidate.digest == bad.digest
+            if candidate.index_bytes is None
+            else _sha256(candidate.index_bytes) == bad.index_sha256
+            for bad in self.state.bad
+        ):
+            return self._stays_away(candidate)
         return self._unless_held(candidate)
+
+    def _stays_away(self, candidate: Candidate) -> UpToDate:
+        return UpToDate(candidate, f"{candidate.version} failed here before: it stays away")
 
     def _unless_held(self, candidate: Candidate) -> UpToDate | Newer:
         if self.state.held is not None:
