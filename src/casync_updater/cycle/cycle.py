@@ -652,6 +652,7 @@ class Cycle:
             self._folder,
             runner=self._outside.runner,
             settings=self._settings.actions,
+            stop=self._outside.stop,
             waiting=lambda: self._monitor.progress(Progress(0)),
             log=self._log,
         )
@@ -687,7 +688,7 @@ class Cycle:
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
-        bad = Bad(installed.digest, installed.serial)
+        bad = Bad(installed.digest, installed.serial, installed.index_sha256)
         older = self._older_versions()
         try:
             if not older:
