@@ -46,7 +46,14 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} is no list")
-        return tuple(_decode(get_args(kind)[0], item, f"{where}[]") for item in value)
+        kinds = get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} has {len(value)} items, not {len(kinds)}")
+        return tuple(
+            _decode(inner, item, f"{where}[]") for inner, item in zip(kinds, value, strict=True)
+        )
     if is_dataclass(kind):
         return _decode_fields(kind, value, where)
     if kind is Path or issubclass(kind, StrEnum):

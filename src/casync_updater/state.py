@@ -8,7 +8,7 @@
     STATE/NAME/queued            a cycle that an action of the same entry asked for
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
-                                 .signed (empty) where its signature was verified,
+                                 .signed (empty) where a signature of that was verified,
                                  .mtree.zst the manifest of the tree
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
@@ -42,6 +42,8 @@ class ActionState(StrEnum):
     LEFT = "left"
     """It was running when the updater was told to stop: it goes on by itself and is not
     repeated, however it ends."""
+    ENDED = "ended"
+    """Its result is known; what the runner kept of it is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,11 @@ class Journal:
             every other one, also where device numbers changed with a reboot.
         old: the tree in the destination before the exchange; None where there was none.
         new: the tree that takes its place.
+        folder: where that stands in the staging folder, and the old one after the exchange.
         installed: what the state records when the new tree is in place.
-        moves: preserved paths, relative to the destination, that move from old to new.
+        replaced: the version that stood in a destination before it was updated in place.
+        moves: preserved paths, relative to the destination: what is there of them moves from
+            old to new.
         actions: what is promised to run once the new tree is in place.
         trial: a health check has to succeed afterwards.
         hold: the entry is held there afterwards (a rollback).
@@ -92,6 +97,8 @@ class Journal:
     token: str = ""
     old: Identity | None = None
     new: Identity | None = None
+    folder: str = "new"
+    replaced: Installed | None = None
     moves: tuple[str, ...] = ()
     actions: tuple[PendingAction, ...] = ()
     trial: bool = False
@@ -107,6 +114,8 @@ class Kept:
     installed: Installed
     preserved: tuple[str, ...] = ()
     """Paths that were moved out of it, to be moved back by a rollback."""
+    left: bool = False
+    """It was rolled back from: no version that a rollback goes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +158,10 @@ class State:
     pending: tuple[PendingAction, ...] = ()
     answers: tuple[Answer, ...] = ()
     trial: int | None = None
-    """How often the health check of the installed version was begun and cut off; None where
-    it has passed, or there is none."""
+    """In how many boots the health check of the installed version was begun; None where it has
+    passed, or there is none."""
+    trial_boot: str = ""
+    """The last one of them: in the same boot, a check that was begun is collected."""
     bad: tuple[Bad, ...] = ()
     held: str | None = None
     """Why the entry stays where it is until `resume`."""
@@ -166,7 +177,7 @@ class State:
     backup_seen: str | None = None
     """What a backup drive looked like when all of it was found right."""
     newest_date: float | None = None
-    """The newest Date of any release that was accepted: a lower bound for the clock."""
+    """The newest Date of any verified release: a lower bound for the clock."""
 
     @property
     def accepted_release(self) -> bool:
@@ -181,6 +192,13 @@ class State:
         """The state with a document's body replaced."""
         others = tuple(other for other in self.answers if other.key != answer.key)
         return replace(self, answers=(*others, answer))
+
+
+class UnrecordedError(LocalError):
+    """What happened is not in the state: what is on the disk says how the next start goes on.
+
+    Whoever catches it must not save the state that it has in memory, which knows less.
+    """
 
 
 class StateFolder:
@@ -258,7 +276,7 @@ class StateFolder:
             return self._rebuilt()
         except OSError as error:
             raise LocalError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             file.replace(file.with_name("state.json.broken"))
             return self._rebuilt()
         if state.destination != self._destination:
@@ -274,7 +292,7 @@ class StateFolder:
         """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
         try:
             return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return State(self._destination)
 
     def _rebuilt(self) -> State:
@@ -294,13 +312,15 @@ class StateFolder:
         """Replace the state file in one atomic, durable step.
 
         Raises:
-            LocalError: it could not be written; the old one is still there.
+            UnrecordedError: it could not be written; the old one is still there.
         """
         text = json.dumps(codec.to_json(state), indent=1)
         try:
             write_atomic(self.path / "state.json", text.encode())
         except OSError as error:
-            raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
+            raise UnrecordedError(
+                f"{self.path}: the state cannot be saved: {error.strerror}"
+            ) from error
 
     def keep_version(
         self,
@@ -338,6 +358,8 @@ class StateFolder:
             named.add(state.installed.index_sha256)
         if state.journal is not None:
             named.add(state.journal.installed.index_sha256)
+            if state.journal.replaced is not None:
+                named.add(state.journal.replaced.index_sha256)
         folder = self.path / "versions"
         for file in folder.iterdir():
             if file.name.split(".")[0] not in named:
@@ -356,9 +378,13 @@ class StateFolder:
 
         Raises:
             BusyError: another process still holds it, with its number and reason.
+            LocalError: there can be no lock.
         """
         self.prepare()
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LocalError(f"{self.path / 'lock'}: {error.strerror}") from error
         try:
             deadline = time.monotonic() + wait
             while not _try_lock(descriptor):
@@ -366,8 +392,9 @@ class StateFolder:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                     raise BusyError(f"{self.path.name} is held by {holder or 'another process'}")
                 time.sleep(0.1)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
+            with contextlib.suppress(OSError):  # A full disk: the lock holds without a name.
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} ({reason})".encode(), 0)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -384,13 +411,12 @@ def _try_lock(descriptor: int) -> bool:
 def accepted(state: State, mark: Mark, *, signed: bool) -> State:
     """The state after a release was accepted: its mark raised, never lowered.
 
-    Only verified releases raise the signed mark; nothing unsigned can lock out the publisher.
+    Only verified releases raise the signed mark and the newest date; nothing unsigned can lock
+    out the publisher, neither with a serial nor with a date that makes every release expire.
     """
-    known = state.newest_date or 0.0
     if signed:
+        newest = max(mark.date, state.newest_date or 0.0)
         highest = max(mark, state.signed_mark or mark)
-        # Before the first signature, anybody could have said what date it is.
-        newest = max(mark.date, known) if state.signed_mark else mark.date
         return replace(state, signed_mark=highest, newest_date=newest)
     highest = max(mark, state.unsigned_mark or mark)
-    return replace(state, unsigned_mark=highest, newest_date=max(mark.date, known))
+    return replace(state, unsigned_mark=highest)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import zstandard
 
+from casync_updater import trust
 from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
@@ -19,7 +20,8 @@ from casync_updater.cycle.build import CasyncBuilder
 from casync_updater.cycle.check import Checker, load
 from casync_updater.cycle.mirror import Condition, Mirror, present
 from casync_updater.cycle.plan import lacking, plan
-from casync_updater.cycle.staging import Site, identity, remove, survey
+from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
+from casync_updater.cycle.staging import Site, identity, remove, survey, sweep
 from casync_updater.cycle.stop import Stop, StoppedError
 from casync_updater.cycle.tree import Difference, archive_digest, differences
 from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
@@ -53,7 +55,16 @@ from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
-from casync_updater.state import Bad, Intent, Journal, Kept, Refusal, State, StateFolder
+from casync_updater.state import (
+    Bad,
+    Intent,
+    Journal,
+    Kept,
+    Refusal,
+    State,
+    StateFolder,
+    UnrecordedError,
+)
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
 from casync_updater.trust import unwrap
@@ -153,15 +164,18 @@ class Cycle:
                 self._act()
                 self._prove(site)
                 end = self._cycle(site, reason, accept_legacy)
+                self._prune(site)
+                self._folder.save(self._state)
         except StoppedError as error:
             return CycleEnd(Outcome.STOPPED, 1, str(error))
+        except UnrecordedError as error:
+            return CycleEnd(Outcome.FAILED, error.exit_code, str(error))
         except UpdaterError as error:
             return self._failed(error)
         except OSError as error:
             return self._failed(
                 LocalError(f"{error.filename or self._entry.name}: {error.strerror}")
             )
-        self._folder.save(self._state)
         return end
 
     def recover(self) -> Site:
@@ -169,7 +183,9 @@ class Cycle:
         self._monitor.step(Step.RECOVER)
         site = survey(self._entry, self._state.no_exchange)
         with self._outside.stop.shielded():
-            self._state = commit.recover(site, self._state, self._folder, self._log.warning)
+            self._state = commit.recover(
+                site, self._state, self._entry, self._folder, self._log.warning
+            )
         return site
 
     def preview(self) -> Preview:
@@ -208,7 +224,10 @@ class Cycle:
         current = self._state.installed
         if current is None:
             return frozenset()
-        return frozenset(ref.id for ref in self._kept_index(current))
+        try:
+            return frozenset(ref.id for ref in kept_index(self._folder, current))
+        except ContentError:
+            return frozenset()
 
     def _announced_changes(self, offer: Offer) -> Changes | None:
         """What the published manifest says that differs from the installed version."""
@@ -216,7 +235,10 @@ class Cycle:
         if manifest is None:
             return None
         current = self._state.installed
-        before = self._manifest_nodes(current) if current else ()
+        try:
+            before = kept_nodes(self._folder, current) if current else iter(())
+        except ContentError:
+            return None
         where = offer.candidate.where
         return mtree.diff(before, mtree.parse(manifest.splitlines(), offer.index.features, where))
 
@@ -253,12 +275,7 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
-        current = self._state.installed
-        return [
-            kept
-            for kept in self._state.previous
-            if current is None or kept.installed.since < current.since
-        ]
+        return [kept for kept in self._state.previous if not kept.left]
 
     def _go_back(
         self, site: Site, kept: Kept, *, hold: str | None, bad: tuple[Bad, ...]
@@ -269,28 +286,21 @@ class Cycle:
         """
         current = self._state.installed
         tree = site.staging / kept.folder
-        first = next(iter(self._tree_differences(tree, kept.installed)), None)
+        preserved = (*self._entry.preserve, *kept.preserved)
+        first = next(iter(self._tree_differences(tree, kept.installed, kept.preserved)), None)
         if first is not None:
             raise ContentError(
                 f"{tree}: the kept version is not what was installed:"
                 f" {mtree.escape(first.path)} ({first.what})"
             )
-        changes = mtree.diff(
-            self._manifest_nodes(current) if current else (), self._manifest_nodes(kept.installed)
-        )
+        changes = self._changes_back(current, kept.installed)
         with self._outside.stop.shielded():
-            remove(site.new)
-            tree.rename(site.new)
-            self._state = replace(
-                self._state, previous=tuple(k for k in self._state.previous if k is not kept)
-            )
             installed = replace(kept.installed, since=self._outside.clock.time())
             journal = Journal(
                 Intent.EXCHANGE,
                 installed,
-                old=identity(site.destination),
-                new=identity(site.new),
-                moves=commit.moves(site, self._entry),
+                folder=kept.folder,
+                moves=_outermost(preserved),
                 actions=act.promise(
                     self._entry,
                     act.triggered(self._entry, changes),
@@ -304,8 +314,9 @@ class Cycle:
                 hold=hold,
                 bad=bad,
             )
-            self._state = commit.exchange(site, self._state, self._folder, journal)
-            self._folder.save(self._state)
+            self._state = commit.exchange(
+                site, self._state, self._folder, journal, now=installed.since
+            )
         commands = self._act(installed.version)
         problems = "; ".join(map(str, self._failures))
         self._state = replace(self._state, last_error=problems or None)
@@ -319,6 +330,12 @@ class Cycle:
             version=installed.version,
             actions=commands,
         )
+
+    def _changes_back(self, current: Installed | None, older: Installed) -> Changes:
+        if not self._entry.is_archive:
+            return Changes(changed=(b".",))
+        before = kept_nodes(self._folder, current) if current else ()
+        return mtree.diff(before, kept_nodes(self._folder, older))
 
     def load_and_recover(self) -> None:
         """What every start does first, without network and actions."""
@@ -350,10 +367,11 @@ class Cycle:
         self._note(checked)
         self._prove(site)
         self._mirror(site, checked)
-        self._prune(site)
         return self._end(
             Outcome.UPDATED,
-            "repaired" if offer.repair else f"updated to {offer.candidate.version}",
+            f"repaired {offer.candidate.version}"
+            if offer.repair
+            else f"updated to {offer.candidate.version}",
             offer.candidate,
             commands,
         )
@@ -410,13 +428,38 @@ class Cycle:
         outcome = checked.outcome
         if isinstance(outcome, Newer):
             return load(outcome.candidate, checked.answered)
-        if outcome.note is not None or self._state.installed is None:
+        installed = self._state.installed
+        if installed is None:
             return None
-        drift = self._drift(site, self._state.installed, reason)
+        drift = self._drift(site, installed, reason)
         if drift is None:
             return None
         self._log.warning("%s %s: repairing it", site.destination, drift)
-        return load(outcome.candidate, checked.answered, repair=True)
+        if outcome.note is None:
+            return load(outcome.candidate, checked.answered, repair=True)
+        return self._offer_again(installed, outcome.candidate)
+
+    def _offer_again(self, installed: Installed, current: Candidate) -> Offer:
+        """The installed version as it was offered once, while the source has another one."""
+        data = self._folder.index(installed).read_bytes()
+        kept = self._folder.release(installed)
+        text = kept.read_bytes() if kept.exists() else None
+        candidate = replace(
+            current,
+            release=parse_release(trust.unwrap(text), str(kept)) if text else None,
+            text=text,
+            digest=installed.digest,
+            index_bytes=data,
+            where=installed.source,
+        )
+        return Offer(
+            candidate,
+            kept_index(self._folder, installed),
+            data,
+            installed.index_sha256,
+            self._entry.is_archive,
+            repair=True,
+        )
 
     def _drift(self, site: Site, installed: Installed, reason: Reason) -> str | None:
         """What is wrong with the destination, in words; a look at its root, usually."""
@@ -432,7 +475,10 @@ class Cycle:
         due = last is None or not 0 <= now - last < self._settings.daemon.verify_interval
         if not due and reason is not Reason.START:
             return None
-        first = next(iter(self.differences(site, installed)), None)
+        try:
+            first = next(iter(self.differences(site, installed)), None)
+        except ContentError as error:
+            return f"cannot be compared ({error})"
         if first is not None:
             return f"differs from what was installed: {mtree.escape(first.path)} ({first.what})"
         self._state = replace(self._state, last_verify=now)
@@ -442,35 +488,19 @@ class Cycle:
         """Whether nothing is left of a tree that had something in it. Looks at its root only."""
         if not self._entry.is_archive or any(site.destination.iterdir()):
             return False
-        _, *below = itertools.islice(self._manifest_nodes(installed), 2)
-        return bool(below)
+        try:
+            return len(list(itertools.islice(kept_nodes(self._folder, installed), 2))) > 1
+        except ContentError:
+            return True
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
-        return self._tree_differences(site.destination, installed)
+        return self._tree_differences(site.destination, installed, self._entry.preserve)
 
-    def _tree_differences(self, tree: Path, installed: Installed) -> Iterator[Difference]:
-        index = self._kept_index(installed)
-        if not self._entry.is_archive:
-            return _blob_differences(tree, index)
-        return differences(
-            tree,
-            self._manifest_nodes(installed),
-            features=index.features,
-            hash_name=index.hash_name,
-            preserve=self._entry.preserve,
-        )
-
-    def _kept_index(self, installed: Installed) -> index_format.Index:
-        file = self._folder.index(installed)
-        return index_format.parse(file.read_bytes(), str(file))
-
-    def _manifest_nodes(self, installed: Installed) -> Iterator[mtree.Node]:
-        if not self._entry.is_archive:
-            return iter(())
-        file = self._folder.manifest(installed)
-        lines = zstandard.decompress(file.read_bytes()).splitlines()
-        return mtree.parse(lines, self._kept_index(installed).features, str(file))
+    def _tree_differences(
+        self, tree: Path, installed: Installed, preserve: tuple[str, ...]
+    ) -> Iterator[Difference]:
+        return version_differences(tree, installed, self._entry, self._folder, preserve)
 
     def _adopt(self, site: Site, offer: Offer) -> bool:
         """Take a destination that already is what is offered, without writing to it.
@@ -577,7 +607,7 @@ class Cycle:
                     self._entry,
                     act.triggered(self._entry, verified.changes),
                     changes=verified.changes,
-                    old=planned.old or self._state.installed,
+                    old=commit.standing(self._state),
                     new=installed,
                     reason=reason,
                     folder=self._folder,
@@ -599,7 +629,6 @@ class Cycle:
             len(verified.changes.changed),
             len(verified.changes.removed),
         )
-        remove(self._spool.parent)
         return self._act(version)
 
     def _act(self, version: str | None = None) -> tuple[str, ...]:
@@ -630,33 +659,40 @@ class Cycle:
         trial, installed = self._state.trial, self._state.installed
         if trial is None or installed is None:
             return
-        if trial < _TRIALS:
-            self._state = replace(self._state, trial=trial + 1)
-            self._folder.save(self._state)
+        before, boot = self._state, self._outside.clock.boot_id()
+        if trial < _TRIALS or before.trial_boot == boot:
+            if before.trial_boot != boot:
+                self._state = replace(before, trial=trial + 1, trial_boot=boot)
+                self._folder.save(self._state)
             try:
                 failure = self._actor().examine(
-                    self._entry.health_check, f"{installed.since:.0f}-{trial}"
+                    self._entry.health_check, f"{installed.index_sha256} {installed.since}"
                 )
             except StoppedError:
                 # An orderly stop is not the version's fault.
-                self._state = replace(self._state, trial=trial)
+                self._state = before
                 self._folder.save(self._state)
                 raise
         else:
             failure = f"its health check was cut off {trial} times"
-        self._state = replace(self._state, trial=None)
         if failure is None:
+            self._state = replace(self._state, trial=None, trial_boot="")
             self._folder.save(self._state)
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
         bad = Bad(installed.digest, installed.serial)
         older = self._older_versions()
-        if not older:
-            self._state = replace(self._state, bad=(*self._state.bad, bad))
+        try:
+            if not older:
+                raise ContentError("there is no version to go back to")
+            end = self._go_back(site, older[0], hold=None, bad=(bad,))
+        except ContentError as error:
+            self._state = replace(
+                self._state, trial=None, trial_boot="", bad=(*self._state.bad, bad)
+            )
             self._folder.save(self._state)
-            raise LocalError(f"{name}: {failure}; there is no version to go back to")
-        end = self._go_back(site, older[0], hold=None, bad=(bad,))
+            raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
     def _mirror(self, site: Site, checked: Checked) -> None:
@@ -709,7 +745,9 @@ class Cycle:
     def _refresh(self, mirror: Mirror, site: Site, installed: Installed, checked: Checked) -> None:
         self._monitor.step(Step.MIRROR, installed.version)
         candidate = checked.outcome.candidate
-        with self._chunk_chain(self._kept_index(installed), list(checked.answered)) as chunks:
+        with self._chunk_chain(
+            kept_index(self._folder, installed), list(checked.answered)
+        ) as chunks:
             done = mirror.refresh(
                 installed,
                 site.destination,
@@ -721,13 +759,17 @@ class Cycle:
         self._log.info("refreshed the backup: %d chunks, %.1f MB", done.chunks, done.size / 1e6)
 
     def _prune(self, site: Site) -> None:
-        """Remove previous versions beyond `keep`, and what the state kept of them."""
+        """Remove what no state names any longer: it forgets first, so that it names no ruin.
+
+        Also what a kill has left of earlier cycles, hence after every cycle.
+        """
         stay = self._state.previous[: self._entry.keep]
-        for kept in self._state.previous[self._entry.keep :]:
-            remove(site.staging / kept.folder)
-        self._state = replace(self._state, previous=stay)
-        self._folder.save(self._state)
+        if stay != self._state.previous:
+            self._state = replace(self._state, previous=stay)
+            self._folder.save(self._state)
+        remove(self._spool.parent)
         self._folder.forget_versions(self._state)
+        sweep(site, {kept.folder for kept in self._state.previous})
 
     @contextlib.contextmanager
     def _chunks(self, offer: Offer, checked: Checked) -> Iterator[Chunks]:
@@ -782,10 +824,14 @@ class Cycle:
 
     def _failed(self, error: UpdaterError) -> CycleEnd:
         now = self._outside.clock.time()
-        self._state = replace(self._state, last_check=now, last_error=str(error))
-        if isinstance(error, TrustError):
-            self._state = replace(self._state, refused=self._refusal(error, now))
         with contextlib.suppress(LocalError):
+            saved = self._folder.load()
+            if saved.journal is not None:
+                # What a commit announced stays announced, until recovery has looked.
+                self._state = saved
+            self._state = replace(self._state, last_check=now, last_error=str(error))
+            if isinstance(error, TrustError):
+                self._state = replace(self._state, refused=self._refusal(error, now))
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
 
@@ -839,11 +885,13 @@ _MTREE_CARRIES = frozenset(
 )
 
 
-def _blob_differences(file: Path, index: index_format.Index) -> Iterator[Difference]:
-    try:
-        archive_digest(file, index)
-    except ContentError:
-        yield Difference(b".", "content")
+def _outermost(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Each path once, without those that lie in another one."""
+    return tuple(
+        path
+        for path in dict.fromkeys(paths)
+        if not any(Path(other) in Path(path).parents for other in paths)
+    )
 
 
 @contextlib.contextmanager

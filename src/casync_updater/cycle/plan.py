@@ -1,15 +1,14 @@
 """The second room: what must be fetched, and how much space it takes. Nothing is written."""
 
+import contextlib
 import os
 from pathlib import Path
 
-import zstandard
-
 from casync_updater import syscalls
-from casync_updater.cycle.staging import Site, identity
+from casync_updater.cycle.record import kept_index, kept_manifest
+from casync_updater.cycle.staging import Site, identity, mounts_below
 from casync_updater.cycle.values import Offer, Plan
-from casync_updater.errors import LocalError, SpaceError
-from casync_updater.formats import index as index_format
+from casync_updater.errors import ContentError, LocalError, SpaceError
 from casync_updater.formats import mtree
 from casync_updater.model import Apply, ChunkRef, Installed
 from casync_updater.state import State, StateFolder
@@ -39,7 +38,7 @@ def plan(
         preserve: paths in the destination that no archive has anything to do with.
 
     Raises:
-        LocalError: preserved paths in a destination that cannot be exchanged.
+        LocalError: preserved paths in a destination that cannot be exchanged, or a mount point.
         SpaceError: a file system has too little room; with the figures.
     """
     if preserve and site.apply is Apply.IN_PLACE:
@@ -47,12 +46,19 @@ def plan(
             f"{site.destination} is updated in place ({site.why}), and that would remove the"
             f" preserved {preserve[0]}: take preserve out of the entry, or move the destination"
         )
+    if mounts := mounts_below(site.destination):
+        raise LocalError(
+            f"{mounts[0]} is a mount point in {site.destination}: what is mounted there would be"
+            " deleted or leave with the old tree: mount it elsewhere"
+        )
     old = _known(offer, site, state)
     have: frozenset[bytes] = frozenset()
-    if old is not None and folder.index(old).exists():
-        file = folder.index(old)
-        have = frozenset(ref.id for ref in index_format.parse(file.read_bytes(), str(file)))
-    before = _before(offer, site, old, folder, preserve)
+    if old is not None:
+        try:
+            have = frozenset(ref.id for ref in kept_index(folder, old))
+        except ContentError:
+            old = None
+    before = _before(offer, site, old or _cut_off(state), folder, preserve)
     fetch = lacking(offer, have)
     size = sum(ref.size for ref in fetch)
     space = offer.index.size if site.apply is Apply.ATOMIC else size
@@ -81,14 +87,23 @@ def _known(offer: Offer, site: Site, state: State) -> Installed | None:
     return installed
 
 
+def _cut_off(state: State) -> Installed | None:
+    """The version that an unfinished update in place began to replace.
+
+    What the cut update has written already is a change as well, whose actions have not run.
+    """
+    return None if state.journal is None else state.journal.replaced
+
+
 def _before(
     offer: Offer, site: Site, old: Installed | None, folder: StateFolder, preserve: tuple[str, ...]
 ) -> bytes:
-    """The manifest of what is in the destination: the kept one, or one made now."""
+    """The manifest of what was in the destination: the kept one, or one made now."""
     if not offer.is_archive or not site.destination.exists():
         return b""
-    if old is not None and folder.manifest(old).exists():
-        return zstandard.decompress(folder.manifest(old).read_bytes())
+    if old is not None:
+        with contextlib.suppress(ContentError):
+            return kept_manifest(folder, old)
     kept = tuple(mtree.escape(os.fsencode(path)).encode() for path in preserve)
     with casync.mtree(site.destination, flags=offer.index.flags) as pieces:
         lines = b"".join(pieces).splitlines(keepends=True)

@@ -8,14 +8,16 @@
         previous-SERIAL-HEX               versions kept for a rollback
 """
 
+import contextlib
 import os
+import re
 import secrets
-import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from casync_updater import syscalls
 from casync_updater.errors import LocalError
 from casync_updater.files import write_atomic
 from casync_updater.model import Apply, Entry, Identity, Installed
@@ -55,8 +57,8 @@ def survey(entry: Entry, no_exchange: str | None) -> Site:
         no_exchange: why an earlier exchange did not work there, if so.
 
     Raises:
-        LocalError: neither the destination nor its parent is there, or a directory archive
-            meets a file.
+        LocalError: neither the destination nor its parent is there, or something stands there
+            that the archive cannot take the place of.
     """
     destination = Path(os.path.realpath(entry.destination))
     parent = destination.parent
@@ -74,6 +76,13 @@ def survey(entry: Entry, no_exchange: str | None) -> Site:
         raise LocalError(
             f"{entry.name}: {destination} is a directory, and the index is that of a file"
             " (.caibx): move the directory away, or correct dstPath"
+        )
+    if destination.exists() and not (
+        destination.is_dir() or destination.is_file() or destination.is_block_device()
+    ):
+        raise LocalError(
+            f"{entry.name}: {destination} is neither a file, a folder nor a block device: correct"
+            " dstPath"
         )
     staging = parent / f".{destination.name}.casync-updater"
     why = _why_in_place(entry, destination, parent) or no_exchange
@@ -96,16 +105,28 @@ def _why_in_place(entry: Entry, destination: Path, parent: Path) -> str | None:
 
 def is_mount_point(path: Path) -> bool:
     """True for every mount point, bind mounts of the same file system included."""
-    if path.stat().st_dev != path.parent.stat().st_dev:
-        return True
-    escaped = os.fsencode(path)
-    for plain, escape in _MOUNTINFO_ESCAPES:
-        escaped = escaped.replace(plain, escape)
-    mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    return any(line.split()[4] == escaped for line in mounts)
+    return path.stat().st_dev != path.parent.stat().st_dev or path in _mount_points()
 
 
-_MOUNTINFO_ESCAPES = ((b"\\", b"\\134"), (b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012"))
+def mounts_below(path: Path) -> tuple[Path, ...]:
+    """The mount points inside of a tree.
+
+    Neither an exchange nor a removal may take them along: what is mounted there would move with
+    the old tree, or be deleted with it.
+    """
+    return tuple(mount for mount in _mount_points() if path in mount.parents)
+
+
+def _mount_points() -> list[Path]:
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    return [Path(os.fsdecode(_MOUNTINFO_ESCAPE.sub(_plain, line.split()[4]))) for line in lines]
+
+
+def _plain(escape: re.Match[bytes]) -> bytes:
+    return bytes([int(escape[1], 8)])
+
+
+_MOUNTINFO_ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def make_staging(site: Site) -> str:
@@ -136,19 +157,92 @@ def identity(path: Path) -> Identity | None:
     return Identity(status.st_dev, status.st_ino)
 
 
+def sweep(site: Site, stay: Collection[str]) -> None:
+    """Remove what nobody needs any more from the staging folder: all trees but the named ones.
+
+    Raises:
+        LocalError: something cannot be removed.
+    """
+    if site.staging.is_dir():
+        for path in site.staging.iterdir():
+            if path != site.token_file and path.name not in stay:
+                remove(path)
+
+
 def remove(path: Path) -> None:
     """Remove a tree or a file; nothing there is fine. Never follows symbolic links.
 
+    Not recursive: an archive may be deeper than Python's stack and than a path may be long. What
+    is immutable or append-only (chattr +i, +a) is made removable first.
+
     Raises:
-        LocalError: something in it cannot be removed; it is named.
+        LocalError: something in it cannot be removed, or is mounted there; it is named.
     """
+    if mounts := mounts_below(path):
+        raise LocalError(f"{mounts[0]} is a mount point in {path}, which is to go: unmount it")
+    try:
+        if path.is_dir() and not path.is_symlink():
+            _remove_tree(path)
+        else:
+            folder = os.open(path.parent, _FOLDER)
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    _gone(os.unlink, os.fsencode(path.name), folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise LocalError(f"{path} cannot be removed: {error.strerror}") from error
 
-    def explain(function: Callable[..., object], name: str, info: object) -> None:
-        raise LocalError(f"{name} cannot be removed: {function.__name__} failed") from (
-            info if isinstance(info, BaseException) else None
-        )
 
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=lambda function, name, info: explain(function, name, info[1]))
-    else:
-        path.unlink(missing_ok=True)
+def _remove_tree(path: Path) -> None:
+    branch = [os.fsencode(path.name)]
+    folder = os.open(path.parent, _FOLDER)
+    try:
+        folder = _entered(folder, branch[0])
+        while True:
+            inner = _without_files(folder)
+            if inner is not None:
+                branch.append(inner)
+                folder = _entered(folder, inner)
+                continue
+            folder = _entered(folder, b"..")
+            _gone(os.rmdir, branch.pop(), folder)
+            if not branch:
+                return
+    finally:
+        os.close(folder)
+
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _entered(folder: int, name: bytes) -> int:
+    """The folder of a name, in exchange for the one that it is in."""
+    if name != b".." and os.geteuid() != 0:
+        os.chmod(name, 0o700, dir_fd=folder)
+    inner = os.open(name, _FOLDER, dir_fd=folder)
+    os.close(folder)
+    return inner
+
+
+def _without_files(folder: int) -> bytes | None:
+    """Unlink files until a folder is found; None where nothing is left."""
+    found = True
+    while found:
+        found = False  # A file system may pass over names while others are removed.
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    return os.fsencode(entry.name)
+                _gone(os.unlink, os.fsencode(entry.name), folder)
+                found = True
+    return None
+
+
+def _gone(removal: Callable[..., None], name: bytes, folder: int) -> None:
+    try:
+        removal(name, dir_fd=folder)
+    except PermissionError:
+        for node in (name, b"."):
+            syscalls.make_changeable(node, folder)
+        removal(name, dir_fd=folder)

@@ -225,6 +225,27 @@ def _hash(path: bytes, hash_name: str) -> str | None:
     return whole.hexdigest()
 
 
+def obstacle(root: Path, path: str) -> Path | None:
+    """What keeps a tree from taking a preserved path in: the path itself, or a parent of it.
+
+    A parent that is a symbolic link would lead out of the tree.
+    """
+    relative = Path(path)
+    for folder in reversed(relative.parents[:-1]):
+        try:
+            status = os.lstat(root / folder)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISDIR(status.st_mode):
+            return folder
+    return relative if os.path.lexists(root / relative) else None
+
+
+def holds(root: Path, path: str) -> bool:
+    """True where a preserved path is in a tree itself, not behind a symbolic link."""
+    return obstacle(root, path) == Path(path)
+
+
 def as_changes(found: Iterable[Difference]) -> Changes:
     """What putting a tree right changes in it; a new mtime alone is no change."""
     by_kind: dict[str, list[bytes]] = {"added": [], "changed": [], "removed": []}

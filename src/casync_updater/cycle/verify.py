@@ -1,9 +1,8 @@
 """The fourth room: is the staged tree what was offered, and what does it change?"""
 
-import os
 from pathlib import Path
 
-from casync_updater.cycle.tree import archive_digest
+from casync_updater.cycle.tree import archive_digest, obstacle
 from casync_updater.cycle.values import Staged, Verified
 from casync_updater.errors import ContentError
 from casync_updater.formats import mtree
@@ -39,26 +38,23 @@ def verify(staged: Staged, preserve: tuple[str, ...]) -> Verified:
     before = mtree.parse(staged.plan.before.splitlines(), features, where)
     changes = mtree.diff(before, mtree.parse(manifest.splitlines(), features, where))
     for path in preserve:
-        _demand_room(staged.tree, Path(path), offer.candidate.where)
+        _demand_room(staged.tree, path, offer.candidate.where)
     return Verified(staged, digest, manifest, changes)
 
 
-def _demand_room(tree: Path, preserved: Path, where: str) -> None:
+def _demand_room(tree: Path, preserved: str, where: str) -> None:
     """Make sure that what belongs to the device can be moved to its path in the new tree.
 
-    Once the trees are exchanged it is too late to find out. Nothing here follows a symbolic
-    link: one in the place of a folder would lead the device's files out of the destination.
+    Once the trees are exchanged it is too late to find out.
     """
-    for folder in reversed(preserved.parents[:-1]):
-        if not os.path.lexists(tree / folder):
-            return
-        if (tree / folder).is_symlink() or not (tree / folder).is_dir():
-            raise ContentError(
-                f"{where}: {folder} is no folder in the archive, and {preserved} below it is"
-                " preserved for the device: change the archive, or take it out of preserve"
-            )
-    if os.path.lexists(tree / preserved):
+    found = obstacle(tree, preserved)
+    if found == Path(preserved):
         raise ContentError(
             f"{where}: the archive contains {preserved}, which the entry preserves"
             " for the device: take it out of the archive, or out of preserve"
+        )
+    if found is not None:
+        raise ContentError(
+            f"{where}: {found} is no folder in the archive, and {preserved} below it is"
+            " preserved for the device: change the archive, or take it out of preserve"
         )

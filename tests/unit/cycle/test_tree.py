@@ -360,13 +360,15 @@ def test_a_tree_deeper_than_python_s_stack(tmp_path: Path) -> None:
     depth = min(1500, (4000 - len(str(tmp_path)) - 40) // 2)
     old, new = fresh(tmp_path)
     deep = "d/" * depth
-    for root in (old, new):
-        subprocess.run(["mkdir", "-p", str(root / deep)], check=True)
-    (old / deep).chmod(0o711)
-    (new / deep / "f").write_bytes(b"")
-    take_over(new, old)
-    assert bits(new / deep) == 0o711
-    subprocess.run(["rm", "-rf", str(old), str(new)], check=True)
+    try:
+        for root in (old, new):
+            subprocess.run(["mkdir", "-p", str(root / deep)], check=True)
+        (old / deep).chmod(0o711)
+        (new / deep / "f").write_bytes(b"")
+        take_over(new, old)
+        assert bits(new / deep) == 0o711
+    finally:
+        subprocess.run(["rm", "-rf", str(old), str(new)], check=True)
 
 
 @as_root

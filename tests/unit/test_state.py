@@ -1,0 +1,295 @@
+"""What is remembered of an entry, whatever happens to the file."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from casync_updater.errors import BusyError, LocalError
+from casync_updater.model import Entry, FileRef, Installed, Location, Mark, Origin, Release
+from casync_updater.release import format_release
+from casync_updater.state import (
+    Answer,
+    Intent,
+    Journal,
+    Kept,
+    PendingAction,
+    State,
+    StateFolder,
+    accepted,
+)
+from support.keys import key_maker
+
+DAY = 86400.0
+
+
+def entry(destination: str = "/srv/x", name: str = "x", suffix: str = ".caidx") -> Entry:
+    return Entry(name, name, 60.0, Location(f"/i{suffix}", "/s"), None, Path(destination))
+
+
+def installed(index: str = "aa", serial: int = 1) -> Installed:
+    return Installed("d" * 64, index * 32, 1.0, "here", Origin.SOURCE, "1", serial, 1.0)
+
+
+def release(serial: int, date: float) -> bytes:
+    text = format_release(
+        Release(
+            "x", "1", serial, date, None, FileRef("x.caidx", 5, "a" * 64), None, "b" * 64, (), 5, 5
+        )
+    )
+    return text.encode()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StateFolder:
+    folder = StateFolder(tmp_path / "state", entry())
+    folder.prepare()
+    return folder
+
+
+FULL = State(
+    "/srv/x",
+    signed_mark=Mark(5, 50.0),
+    unsigned_mark=Mark(4, 40.0),
+    installed=installed(),
+    previous=(Kept("previous", installed("bb"), ("data",)),),
+    pending=(PendingAction("id", "command", (("a", "b"),), 5.0),),
+    newest_date=50.0,
+    held="rolled back",
+)
+
+
+def test_what_was_saved_is_loaded(folder: StateFolder) -> None:
+    assert folder.load() == State("/srv/x")
+    folder.save(FULL)
+    assert folder.load() == FULL
+    assert folder.peek() == FULL
+    assert not list(folder.path.glob(".*"))
+
+
+def test_another_destination_keeps_the_marks_only(folder: StateFolder, tmp_path: Path) -> None:
+    folder.save(FULL)
+    moved = StateFolder(tmp_path / "state", entry("/srv/y")).load()
+    assert moved == State(
+        "/srv/y", signed_mark=Mark(5, 50.0), unsigned_mark=Mark(4, 40.0), newest_date=50.0
+    )
+
+
+def test_a_newer_format_is_refused_and_stays(folder: StateFolder) -> None:
+    file = folder.path / "state.json"
+    text = json.dumps({"format": 2, "destination": "/srv/x", "something": "new"})
+    file.write_text(text)
+    with pytest.raises(LocalError, match=r"written by a newer casync-updater \(format 2\)"):
+        folder.load()
+    assert file.read_text() == text
+    assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["state.json"]
+
+
+BROKEN = [
+    b"",
+    b"\0" * 4096,
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"\xff\xfe",
+    b'{"destination": "/srv/x", "format": "2"}',
+    b'{"destination": "/srv/x", "format": null}',
+    b'{"destination": "/srv/x", "unknown": 1}',
+    b'{"destination": 5}',
+    b'{"destination": "/srv/x", "journal": {"intent": "perhaps"}}',
+    b"[" * 200_000,
+    b'{"destination": "/srv/x", "last_check": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("data", BROKEN, ids=lambda data: repr(data[:40]))
+def test_a_broken_file_is_set_aside(folder: StateFolder, data: bytes) -> None:
+    (folder.path / "state.json").write_bytes(data)
+    assert folder.peek() == State("/srv/x")
+    assert (folder.path / "state.json").read_bytes() == data
+    assert folder.load() == State("/srv/x")
+    assert (folder.path / "state.json.broken").read_bytes() == data
+    assert not (folder.path / "state.json").exists()
+
+
+def test_the_marks_come_back_from_the_releases_that_are_kept(folder: StateFolder) -> None:
+    for number, (serial, signed) in enumerate([(7, True), (9, True), (8, False), (3, False)]):
+        folder.keep_version(
+            installed(f"{number:02}", serial),
+            b"index",
+            release(serial, serial * DAY),
+            None,
+            signed=signed,
+        )
+    (folder.path / "versions" / "garbage.release").write_bytes(b"\xff not a release")
+    (folder.path / "versions" / "folder.release").mkdir()
+    (folder.path / "state.json").write_bytes(b"broken")
+    assert folder.load() == State(
+        "/srv/x",
+        signed_mark=Mark(9, 9 * DAY),
+        unsigned_mark=Mark(8, 8 * DAY),
+        newest_date=9 * DAY,
+    )
+
+
+def test_a_signature_that_nobody_verified_is_none(folder: StateFolder) -> None:
+    """A publisher signs, and this device has no keyring: no signature is demanded from then on."""
+    with key_maker() as maker:
+        maker.key("publisher")
+        text = maker.sign(release(5, 5 * DAY), "publisher")
+    folder.keep_version(installed(), b"index", text, None, signed=False)
+    state = folder.load()
+    assert state.signed_mark is None
+    assert state.unsigned_mark == Mark(5, 5 * DAY)
+
+
+def test_marks_only_rise() -> None:
+    state = accepted(State("/x"), Mark(5, 5.0), signed=True)
+    state = accepted(state, Mark(4, 9.0), signed=True)
+    assert state.signed_mark == Mark(5, 5.0)
+    assert state.unsigned_mark is None
+    state = accepted(state, Mark(99, 2.0), signed=False)
+    assert state.signed_mark == Mark(5, 5.0)
+    assert state.unsigned_mark == Mark(99, 2.0)
+
+
+def test_no_unsigned_date_makes_every_release_expire() -> None:
+    state = accepted(State("/x"), Mark(5, 5.0), signed=True)
+    state = accepted(state, Mark(6, 4_000_000_000.0), signed=False)
+    assert state.newest_date == 5.0
+
+
+def test_answers_are_replaced_by_their_key() -> None:
+    state = State("/x").with_answer(Answer("a", "here", "1")).with_answer(Answer("b", "", "2"))
+    state = state.with_answer(Answer("a", "there", "3"))
+    assert state.answer("a") == Answer("a", "there", "3")
+    assert state.answer("c") is None
+    assert len(state.answers) == 2
+
+
+def test_companions_stay_as_long_as_they_are_named(folder: StateFolder) -> None:
+    names = ("aa", "bb", "cc", "dd", "ee")
+    for name in names:
+        folder.keep_version(installed(name), b"i", b"r", b"m", signed=True)
+    versions = folder.path / "versions"
+    (versions / ".cut-off.release.x1y2").write_bytes(b"")
+    journal = Journal(Intent.IN_PLACE, installed("cc"), replaced=installed("dd"))
+    folder.forget_versions(replace(FULL, journal=journal))
+    left = {path.name.partition(".")[0] for path in versions.iterdir()}
+    assert left == {name * 32 for name in names[:4]}
+    assert folder.index(installed("aa")).suffix == ".caidx"
+    blob = StateFolder(folder.path.parent, entry(suffix=".caibx"))
+    assert blob.index(installed("aa")).suffix == ".caibx"
+    folder.forget_versions(State("/srv/x"))
+    assert list(versions.iterdir()) == []
+
+
+def test_a_state_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"a file")
+    with pytest.raises(LocalError, match="no state can be kept here"):
+        StateFolder(tmp_path / "state", entry()).prepare()
+
+
+def test_a_lock_that_cannot_be(folder: StateFolder) -> None:
+    (folder.path / "lock").mkdir()
+    with pytest.raises(LocalError, match="lock: Is a directory"), folder.locked("x", wait=0):
+        pass
+
+
+def hold(root: Path, pipe: Connection) -> None:
+    with StateFolder(root, entry()).locked("interval", wait=0):
+        pipe.send("held")
+        pipe.recv()
+
+
+@pytest.fixture
+def holder(folder: StateFolder) -> Iterator[tuple[multiprocessing.Process, Connection]]:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=hold, args=(folder.path.parent, there))
+    process.start()
+    assert here.poll(30)
+    try:
+        yield process, here
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_one_process_holds_an_entry(
+    folder: StateFolder, holder: tuple[multiprocessing.Process, Connection]
+) -> None:
+    process, pipe = holder
+    with (
+        pytest.raises(BusyError, match=rf"^x is held by process {process.pid} \(interval\)$"),
+        folder.locked("operator", wait=0.15),
+    ):
+        pass
+    pipe.send("let go")
+    with folder.locked("operator", wait=10):
+        text = (folder.path / "lock").read_text()
+    assert text == f"process {os.getpid()} (operator)"
+
+
+def test_the_lock_dies_with_its_holder(
+    folder: StateFolder, holder: tuple[multiprocessing.Process, Connection]
+) -> None:
+    process, _ = holder
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    with folder.locked("operator", wait=10):
+        pass
+
+
+def test_a_program_that_inherits_the_lock_holds_the_entry(folder: StateFolder) -> None:
+    with folder.locked("first", wait=0) as lock:
+        child = subprocess.Popen(["sleep", "30"], pass_fds=(lock,))
+    try:
+        with pytest.raises(BusyError), folder.locked("second", wait=0):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with folder.locked("second", wait=10):
+        pass
+
+
+def test_the_lock_is_let_go_after_an_error(folder: StateFolder) -> None:
+    with pytest.raises(ZeroDivisionError), folder.locked("first", wait=0):
+        raise ZeroDivisionError
+    with folder.locked("second", wait=0):
+        pass
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    target = tmp_path / "tiny"
+    target.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(target)]
+    if subprocess.run(argv, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_state_and_a_lock_to_be_had(tiny: Path) -> None:
+    folder = StateFolder(tiny, entry())
+    folder.prepare()
+    folder.save(FULL)
+    with pytest.raises(OSError, match="No space left"):
+        (tiny / "filler").write_bytes(bytes(1 << 20))
+    with pytest.raises(LocalError, match="state not saved: No space left"):
+        folder.save(replace(FULL, last_error="x" * 100_000))
+    assert folder.load() == FULL
+    with folder.locked("operator", wait=0):
+        pass
+    assert not list(folder.path.glob(".state.json*"))
