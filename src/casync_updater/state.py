@@ -114,6 +114,8 @@ class Kept:
     installed: Installed
     preserved: tuple[str, ...] = ()
     """Paths that were moved out of it, to be moved back by a rollback."""
+    left: bool = False
+    """It was rolled back from: no version that a rollback goes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,8 @@ class State:
     last_error: str | None = None
     backup_absent: bool = False
     """It was said that the backup's folder is not there."""
+    backup_seen: str | None = None
+    """What a backup drive looked like when all of it was found right."""
     newest_date: float | None = None
     """The newest Date of any verified release: a lower bound for the clock."""
 
@@ -299,12 +303,9 @@ class StateFolder:
         state = State(self._destination)
         for file in sorted((self.path / "versions").glob("*.release")):
             with contextlib.suppress(ContentError, OSError):
-                text = file.read_bytes()
-                state = accepted(
-                    state,
-                    parse_release(unwrap(text), str(file)).mark,
-                    signed=file.with_suffix(".signed").exists(),
-                )
+                release = parse_release(unwrap(file.read_bytes()), str(file))
+                signed = file.with_suffix(".signed").exists()
+                state = accepted(state, release.mark, signed=signed)
         return state
 
     def save(self, state: State) -> None:
@@ -328,19 +329,25 @@ class StateFolder:
         *,
         signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them.
+        """Write a version's companions, durably, before a state names them."""
+        write_atomic(self.index(installed), index)
+        if manifest is not None:
+            write_atomic(self.manifest(installed), manifest)
+        if release is not None:
+            self.keep_release(installed, release, signed=signed)
 
-        Raises:
-            OSError: one could not be written.
+    def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
+        """Write the text of a version's release, and whether its signature was verified.
+
+        What is marked as verified counts as that when the state has to be rebuilt, so the mark
+        is made after the text, and removed before it.
         """
-        for path, data in (
-            (self.index(installed), index),
-            (self._version(installed, ".signed"), b"" if signed else None),
-            (self.release(installed), release),
-            (self.manifest(installed), manifest),
-        ):
-            if data is not None:
-                write_atomic(path, data)
+        mark = self._version(installed, ".signed")
+        if not signed:
+            mark.unlink(missing_ok=True)
+        write_atomic(self.release(installed), release)
+        if signed:
+            write_atomic(mark, b"")
 
     def forget_versions(self, state: State) -> None:
         """Remove the companions of versions that the state names no more."""

@@ -100,9 +100,10 @@ def commit(
                 moves=entry.preserve,
                 actions=actions,
                 trial=bool(entry.health_check),
+                hold=state.held,
             )
             return exchange(site, state, folder, journal, now=now)
-        journal = Journal(Intent.IN_PLACE, installed, actions=actions)
+        journal = Journal(Intent.IN_PLACE, installed, actions=actions, hold=state.held)
         state = _recorded(replace(state, journal=journal), identity(site.destination))
     except OSError as error:
         raise LocalError(f"{error.filename or site.destination}: {error.strerror}") from error
@@ -221,7 +222,7 @@ def complete(site: Site, state: State) -> State:
             sync_folder(site.staging)
         if _same_inode(identity(kept), journal.old):
             previous = (
-                Kept(kept.name, old, journal.moves),
+                Kept(kept.name, old, journal.moves, left=bool(journal.hold or journal.bad)),
                 *(other for other in previous if other.folder != kept.name),
             )
     return replace(_recorded(state, identity(site.destination)), previous=previous)
