@@ -184,14 +184,18 @@ def remove(path: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             _remove_tree(path)
         else:
-            folder = os.open(path.parent, _FOLDER)
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    _gone(os.unlink, os.fsencode(path.name), folder)
-            finally:
-                os.close(folder)
+            _remove_file(path)
     except OSError as error:
         raise LocalError(f"{path} cannot be removed: {error.strerror}") from error
+
+
+def _remove_file(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        folder = os.open(path.parent, _FOLDER)
+        try:
+            _gone(os.unlink, os.fsencode(path.name), folder)
+        finally:
+            os.close(folder)
 
 
 def _remove_tree(path: Path) -> None:
