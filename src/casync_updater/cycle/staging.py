@@ -8,6 +8,7 @@
         previous-SERIAL-HEX               versions kept for a rollback
 """
 
+import contextlib
 import os
 import re
 import secrets
