@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from casync_updater.cycle.demands import Demands
+from casync_updater.cycle.extract import Extracted, ExtractPlan
 from casync_updater.cycle.staging import Site
 from casync_updater.errors import UpdaterError
 from casync_updater.formats.index import Index
@@ -118,6 +119,7 @@ class Plan:
             id once.
         fetch_size: the sum of their sizes.
         space: bytes that the destination's file system must have free.
+        extract: what the project's own extractor decided; None where casync builds.
     """
 
     offer: Offer
@@ -127,6 +129,7 @@ class Plan:
     fetch: tuple[ChunkRef, ...]
     fetch_size: int
     space: int
+    extract: ExtractPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class Staged:
     """The new tree, complete, beside the destination (or in it, where it is in place)."""
 
     plan: Plan
+    built: Extracted | None = None
+    """What the project's own extractor found out; None where casync built."""
 
     @property
     def tree(self) -> Path:
@@ -149,7 +154,7 @@ class Verified:
     Attributes:
         staged: the tree.
         digest: the archive digest that the tree was found to have.
-        manifest: its mtree lines.
+        manifest: its mtree lines; empty where there is a record instead.
         changes: what differs from the version before.
     """
 

@@ -43,7 +43,6 @@ from casync_updater.formats.archive import (
     Node,
 )
 from casync_updater.formats.record import (
-    DIGEST_SIZE,
     DIRECTORY,
     END,
     FILE,
@@ -479,7 +478,7 @@ class _Builder:
                 if file >= 0:
                     os.close(file)
         self._files += 1
-        return digest.digest()[:DIGEST_SIZE]
+        return digest.digest()
 
     def _old_unchanged(self, old: int, file: int) -> bool:
         assert self._old is not None

@@ -1,4 +1,7 @@
-"""The third room: the new tree, built by casync beside the destination, or in it.
+"""Builds with casync, beside the destination or in it: what the own extractor leaves to it.
+
+These are destinations that are updated in place, files and devices, and archives with metadata
+that the own extractor does not know (`extract.supported`).
 
 casync gets a private local store, filled through the chunks interface, and the installed tree
 as seed; it never reads from the network. Chunks that an interrupted try left in the store are
