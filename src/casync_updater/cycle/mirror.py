@@ -23,7 +23,6 @@ import zstandard
 from casync_updater import syscalls, trust
 from casync_updater.cycle.demands import SLOTS, Demands, Slots, Vouched, read_slots
 from casync_updater.cycle.record import kept_manifest, kept_pieces
-from casync_updater.cycle.values import Chunks
 from casync_updater.errors import ContentError, LocalError, RemoteError, SpaceError
 from casync_updater.files import write_atomic
 from casync_updater.formats import index as index_format
@@ -39,7 +38,7 @@ from casync_updater.model import (
     Release,
 )
 from casync_updater.release import parse_release
-from casync_updater.sources.base import Source
+from casync_updater.sources.base import Chunks, Source
 from casync_updater.state import StateFolder
 
 _HEX = re.compile(r"[0-9a-f]{64}")

@@ -1,6 +1,6 @@
 """What the rooms of the cycle hand to each other."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ from casync_updater.cycle.staging import Site
 from casync_updater.errors import UpdaterError
 from casync_updater.formats.index import Index
 from casync_updater.model import Apply, Changes, ChunkRef, Installed, Origin, Release
-from casync_updater.sources.base import Source
+from casync_updater.sources.base import Chunks, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +162,6 @@ class Verified:
     digest: str
     manifest: bytes
     changes: Changes = field(default_factory=Changes)
-
-
-class Chunks(Protocol):
-    """Verified chunks, from wherever they are nearest."""
-
-    def get(self, ref: ChunkRef) -> bytes:
-        """The bytes of one chunk.
-
-        Raises:
-            ContentError: no source has the right bytes.
-            RemoteError: no source can be reached.
-        """
-
-    def stream(self, wanted: Iterable[ChunkRef]) -> Iterator[tuple[ChunkRef, bytes]]:
-        """The bytes of many chunks, in the order asked for, fetched ahead side by side."""
 
 
 class Builder(Protocol):

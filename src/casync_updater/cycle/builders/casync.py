@@ -16,11 +16,12 @@ from tempfile import TemporaryDirectory
 
 from casync_updater.cycle.staging import make_staging, remove
 from casync_updater.cycle.tree import carry_over, cut
-from casync_updater.cycle.values import Chunks, Offer, Plan, Staged
+from casync_updater.cycle.values import Offer, Plan, Staged
 from casync_updater.errors import ContentError, LocalError, RemoteError
 from casync_updater.formats import index as index_format
 from casync_updater.formats.store import LocalStore, content, file_limit
 from casync_updater.model import Apply, ChunkRef, Monitor, Progress
+from casync_updater.sources.base import Chunks
 from casync_updater.tools import casync
 from casync_updater.tools.process import ProgramError
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from casync_updater.cycle.extract import Leftover, extract
 from casync_updater.cycle.staging import Site, make_staging, remove
-from casync_updater.cycle.values import Chunks, Plan, Staged
+from casync_updater.cycle.values import Plan, Staged
 from casync_updater.errors import LocalError
 from casync_updater.model import Monitor
+from casync_updater.sources.base import Chunks
 
 
 def _journal(tree: Path) -> Path:

@@ -32,7 +32,6 @@ from casync_updater.cycle.extract.tree import (
     open_file,
     read_exactly,
 )
-from casync_updater.cycle.values import Chunks
 from casync_updater.errors import ContentError, LocalError, SpaceError
 from casync_updater.formats.archive import (
     HEADER,
@@ -54,6 +53,7 @@ from casync_updater.formats.record import (
     kind_of,
 )
 from casync_updater.model import Changes, Progress
+from casync_updater.sources.base import Chunks
 
 _HOLE = 4096
 """Zeros of at least this many bytes, a whole chunk of them, are left out of the new file."""
