@@ -613,8 +613,8 @@ def _is_store(folder: Path) -> bool:
 
 def _remove_temporaries(index: Path, store: Path) -> None:
     """What an earlier mirroring was writing when the drive was pulled out."""
-    own = re.compile(re.escape(f".{index.name}") + r"(\.[a-z0-9-]+)?\.[a-z0-9_]{8}")
-    hashed = re.compile(r"\.[0-9a-f]{64}\.[a-z0-9_]{8}")
+    own = re.compile(re.escape(f".{index.name}") + r"(\.[a-z0-9-]+)?\.new")
+    hashed = re.compile(r"\.[0-9a-f]{64}\.new")
     chunk = re.compile(r"\.#[0-9a-f]{64}(\.cacnk)?\.[0-9a-f]{8}")
     places = [(index.parent, own), (index.parent / "by-hash" / "SHA256", hashed)]
     places += [(folder, chunk) for folder in store.iterdir() if _PREFIX.fullmatch(folder.name)]

@@ -155,17 +155,27 @@ def test_a_tree_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", str(tree)], check=True)
 
 
-def test_what_cannot_be_removed_is_named(tmp_path: Path) -> None:
+def test_what_is_immutable_is_removed_as_well(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    tree.mkdir()
-    (tree / "file").write_bytes(b"")
-    if subprocess.run(["chattr", "+i", str(tree / "file")], check=False).returncode:
+    (tree / "folder").mkdir(parents=True)
+    for name in ("file", "folder/log"):
+        (tree / name).write_bytes(b"")
+    nodes = [str(tree / name) for name in ("file", "folder/log", "folder")]
+    if subprocess.run(["chattr", "+i", *nodes[:1]], check=False).returncode:
         pytest.skip("no immutable files here")
     try:
-        with pytest.raises(LocalError, match=r"tree cannot be removed: Operation not permitted"):
-            remove(tree)
+        subprocess.run(["chattr", "+a", nodes[1]], check=True)
+        subprocess.run(["chattr", "+i", nodes[2]], check=True)
+        remove(tree)
+        assert not tree.exists()
+        single = tmp_path / "single"
+        single.write_bytes(b"")
+        nodes = [str(single)]
+        subprocess.run(["chattr", "+i", *nodes], check=True)
+        remove(single)
+        assert not single.exists()
     finally:
-        subprocess.run(["chattr", "-i", str(tree / "file")], check=True)
+        subprocess.run(["chattr", "-f", "-i", "-a", *nodes], check=False)
 
 
 def test_the_staging_folder_is_nobody_else_s(tmp_path: Path) -> None:
