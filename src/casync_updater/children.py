@@ -40,6 +40,9 @@ class Task:
     skip: tuple[str, ...] = ()
     """Startup commands that are not run; the child reads them as JSON from its standard input."""
 
+    offline: bool = False
+    """The entry's source is believed to be out of reach: one short attempt is enough."""
+
     @property
     def title(self) -> str:
         """How messages begin."""
@@ -179,8 +182,9 @@ def _arguments(task: Task, report: int) -> list[str]:
         case Kind.STARTUP:
             return ["startup", "--", task.name]
         case Kind.CYCLE:
-            reason = str(task.reason)
-            return ["update", "--reason", reason, "--report", str(report), "--", task.name]
+            options = ["--reason", str(task.reason), "--report", str(report)]
+            options += ["--offline"] * task.offline
+            return ["update", *options, "--", task.name]
 
 
 def _start(

@@ -24,7 +24,7 @@ from casync_updater.config.configuration import Configuration
 from casync_updater.errors import LocalError
 from casync_updater.live import Live, LiveEntry, only_daemon, write_live
 from casync_updater.logs import fields
-from casync_updater.model import Progress, Settings, Step
+from casync_updater.model import Progress, Reason, Settings, Step
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.scheduler import (
     Configured,
@@ -90,6 +90,12 @@ class Watcher(Protocol):
             LocalError: as above.
         """
 
+    def cycle_ended(self, name: str, *, reached: bool) -> None:
+        """A cycle of this entry is over, and did or did not get to the entry's own source."""
+
+    def believed_offline(self, name: str) -> bool:
+        """True where this entry's own source seems to be out of reach."""
+
     def report(self) -> Any:
         """What it sees, as `json.dumps` takes it."""
 
@@ -103,8 +109,7 @@ class Daemon:
     Args:
         program: the command line that every child's command is appended to.
         load: reads the configuration.
-        watch: begins to watch the network, after recovery; gives None where nothing is watched,
-            and may raise LocalError.
+        watch: begins to watch the network, after recovery, where the settings want it.
         state_dir: where the lock is.
         live: the file for `status`.
         signals: a descriptor from which the numbers of received signals are read, one byte
@@ -120,7 +125,7 @@ class Daemon:
         *,
         program: Sequence[str],
         load: Callable[[], Configuration],
-        watch: Callable[[Configuration], Watcher | None],
+        watch: Callable[[Configuration], Watcher],
         state_dir: Path,
         live: Path,
         signals: int,
@@ -150,6 +155,8 @@ class Daemon:
         self._phase = "starting"
         self._reload = False
         self._last: dict[str, tuple[Outcome, str]] = {}
+        self._reasons: dict[str, Reason] = {}
+        """Who started the last cycle of each entry."""
         self._told: tuple[Live, str] | None = None
         self._tell_at = self._extend_at = self._ping_at = -math.inf
 
@@ -245,6 +252,8 @@ class Daemon:
                 Outcome.FAILED, 1, f"its process {how} without a result"
             )
             self._log_result(task, result)
+            if self._watcher is not None:
+                self._watcher.cycle_ended(task.name, reached=result.reached)
             self._events.append(Ended(task.name, result.checked, result.actions))
         elif code < 0 and self._phase != "stopping":
             # With an exit code, it has said itself what failed.
@@ -287,11 +296,13 @@ class Daemon:
     def _look(self) -> None:
         """Watch the network as the configuration says, also where that did not work before."""
         try:
-            if self._watcher is not None:
+            if not self._configuration.settings.online.enabled:
+                self._unwatch()
+            elif self._watcher is not None:
                 self._watcher.configure(self._configuration)
-            elif (watcher := self._watch(self._configuration)) is not None:
-                self._watcher = watcher
-                self._selector.register(watcher, selectors.EVENT_READ, lambda: None)
+            else:
+                self._watcher = self._watch(self._configuration)
+                self._selector.register(self._watcher, selectors.EVENT_READ, lambda: None)
         except LocalError as error:
             self._blind(error)
 
@@ -308,6 +319,7 @@ class Daemon:
             log.warning("there is no entry to look after; reload the service when there is one")
         names = {entry.name for entry in configuration.entries}
         self._last = {name: last for name, last in self._last.items() if name in names}
+        self._reasons = {name: why for name, why in self._reasons.items() if name in names}
 
     def _decide(self, now: float) -> None:
         """Let the scheduler decide, and follow its orders."""
@@ -327,7 +339,9 @@ class Daemon:
         match order:
             case StartCycle(name, reason):
                 log.debug("%s: a cycle starts (%s)", name, reason, extra=fields(name))
-                if not self._start(Task(Kind.CYCLE, name, reason)):
+                self._reasons[name] = reason
+                offline = self._watcher is not None and self._watcher.believed_offline(name)
+                if not self._start(Task(Kind.CYCLE, name, reason, offline=offline)):
                     self._events.append(Ended(name, checked=False))
             case RunStartup(name, skip):
                 commands = self._schedule.slots[name].entry.startup
@@ -382,9 +396,10 @@ class Daemon:
         self._last[task.name] = last
         log.log(
             _LEVELS[result.outcome] if news else logging.DEBUG,
-            "%s: %s",
+            "%s: %s (%s)",
             task.name,
             result.message,
+            task.reason,
             extra=fields(task.name, serial=result.serial, reason=task.reason),
         )
 
@@ -430,7 +445,10 @@ class Daemon:
                 )
             else:
                 due = slot.due
-                entries[name] = LiveEntry(next_check=None if due is None else due + self._offset)
+                entries[name] = LiveEntry(
+                    reason=self._reasons.get(name),
+                    next_check=None if due is None else due + self._offset,
+                )
         online = None
         if self._watcher is not None:
             online = json.loads(json.dumps(self._watcher.report()))

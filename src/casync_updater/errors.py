@@ -36,7 +36,10 @@ class MissingError(RemoteError):
 
 
 class PortalError(RemoteError):
-    """Something answered in place of the source: a captive portal's page, say."""
+    """Something answered in place of the source: a captive portal's page, say.
+
+    That is no fault of the archive, and goes away by itself when somebody logs in.
+    """
 
 
 class ContentError(UpdaterError):

@@ -34,6 +34,7 @@ class LiveEntry:
     version: str | None = None
     progress: Progress | None = None
     reason: Reason | None = None
+    """Who started the running cycle, or the last one."""
     since: float | None = None
     """When the running cycle started."""
     next_check: float | None = None

@@ -320,7 +320,8 @@ class OnlineSettings:
     """``[online]``: when the update hosts are probed. Seconds."""
 
     enabled: bool = True
-    hosts: tuple[str, ...] = ()
+    hosts: tuple[tuple[str, int], ...] = ()
+    """Names or addresses, each with the TCP port that is tried."""
     method: str = "auto"
     interval_offline: float = 60.0
     interval_online: float = 300.0

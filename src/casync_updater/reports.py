@@ -69,6 +69,11 @@ class CycleEnd:
         done = (Outcome.CURRENT, Outcome.UPDATED, Outcome.ADOPTED)
         return self.source is Origin.SOURCE and self.outcome in done
 
+    @property
+    def reached(self) -> bool:
+        """False where the entry's own source could not be used, a backup in its place or not."""
+        return self.outcome is not Outcome.UNREACHABLE and self.source is not Origin.BACKUP
+
 
 Report = Began | Progress | CycleEnd
 

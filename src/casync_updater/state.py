@@ -42,6 +42,8 @@ class ActionState(StrEnum):
     LEFT = "left"
     """It was running when the updater was told to stop: it goes on by itself and is not
     repeated, however it ends."""
+    ENDED = "ended"
+    """Its result is known; what the runner kept of it is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class Kept:
     installed: Installed
     preserved: tuple[str, ...] = ()
     """Paths that were moved out of it, to be moved back by a rollback."""
+    left: bool = False
+    """It was rolled back from: no version that a rollback goes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +160,10 @@ class State:
     pending: tuple[PendingAction, ...] = ()
     answers: tuple[Answer, ...] = ()
     trial: int | None = None
-    """How often the health check of the installed version was begun and cut off; None where
-    it has passed, or there is none."""
+    """In how many boots the health check of the installed version was begun; None where it has
+    passed, or there is none."""
+    trial_boot: str = ""
+    """The last one of them: in the same boot, a check that was begun is collected."""
     bad: tuple[Bad, ...] = ()
     held: str | None = None
     """Why the entry stays where it is until `resume`."""
@@ -170,6 +176,8 @@ class State:
     last_error: str | None = None
     backup_absent: bool = False
     """It was said that the backup's folder is not there."""
+    backup_seen: str | None = None
+    """What a backup drive looked like when all of it was found right."""
     newest_date: float | None = None
     """The newest Date of any verified release: a lower bound for the clock."""
 
@@ -186,6 +194,13 @@ class State:
         """The state with a document's body replaced."""
         others = tuple(other for other in self.answers if other.key != answer.key)
         return replace(self, answers=(*others, answer))
+
+
+class UnrecordedError(LocalError):
+    """What happened is not in the state: what is on the disk says how the next start goes on.
+
+    Whoever catches it must not save the state that it has in memory, which knows less.
+    """
 
 
 class StateFolder:
@@ -290,25 +305,24 @@ class StateFolder:
         state = State(self._destination)
         for file in sorted((self.path / "versions").glob("*.release")):
             with contextlib.suppress(ContentError, OSError):
-                text = file.read_bytes()
-                state = accepted(
-                    state,
-                    parse_release(unwrap(text), str(file)).mark,
-                    signed=file.with_suffix(".signed").exists(),
-                )
+                release = parse_release(unwrap(file.read_bytes()), str(file))
+                signed = file.with_suffix(".signed").exists()
+                state = accepted(state, release.mark, signed=signed)
         return state
 
     def save(self, state: State) -> None:
         """Replace the state file in one atomic, durable step.
 
         Raises:
-            LocalError: it could not be written; the old one is still there.
+            UnrecordedError: it could not be written; the old one is still there.
         """
         text = json.dumps(codec.to_json(state), indent=1)
         try:
             write_atomic(self.path / "state.json", text.encode())
         except OSError as error:
-            raise LocalError(f"{self.path}: state not saved: {error.strerror}") from error
+            raise UnrecordedError(
+                f"{self.path}: the state cannot be saved: {error.strerror}"
+            ) from error
 
     def keep_version(
         self,
@@ -319,19 +333,25 @@ class StateFolder:
         *,
         signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them.
+        """Write a version's companions, durably, before a state names them."""
+        write_atomic(self.index(installed), index)
+        if manifest is not None:
+            write_atomic(self.manifest(installed), manifest)
+        if release is not None:
+            self.keep_release(installed, release, signed=signed)
 
-        Raises:
-            OSError: one could not be written.
+    def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
+        """Write the text of a version's release, and whether its signature was verified.
+
+        What is marked as verified counts as that when the state has to be rebuilt, so the mark
+        is made after the text, and removed before it.
         """
-        for path, data in (
-            (self.index(installed), index),
-            (self._version(installed, ".signed"), b"" if signed else None),
-            (self.release(installed), release),
-            (self.manifest(installed), manifest),
-        ):
-            if data is not None:
-                write_atomic(path, data)
+        mark = self._version(installed, ".signed")
+        if not signed:
+            mark.unlink(missing_ok=True)
+        write_atomic(self.release(installed), release)
+        if signed:
+            write_atomic(mark, b"")
 
     def forget_versions(self, state: State) -> None:
         """Remove the companions of versions that the state names no more."""

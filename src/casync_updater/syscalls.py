@@ -2,13 +2,20 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
+import struct
 from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+
+_UNCHANGEABLE = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
+_LONG = struct.calcsize("L")
+_FS_IOC_GETFLAGS = 0x80006601 | _LONG << 16
+_FS_IOC_SETFLAGS = 0x40006602 | _LONG << 16
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -51,6 +58,45 @@ def sync_file_system(path: Path) -> None:
         elif _libc.syncfs(descriptor):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def is_unchangeable(path: Path) -> bool:
+    """Whether a file or folder is immutable or append-only (chattr +i, +a)."""
+    return _inode_flags(path, None, take=0) & _UNCHANGEABLE != 0
+
+
+def make_changeable(name: bytes, folder: int) -> None:
+    """Take these two flags away from what an open folder holds.
+
+    Raises:
+        PermissionError: without CAP_LINUX_IMMUTABLE.
+    """
+    _inode_flags(name, folder, take=_UNCHANGEABLE)
+
+
+def _inode_flags(name: Path | bytes, folder: int | None, *, take: int) -> int:
+    """The flags of FS_IOC_GETFLAGS, none for what cannot have them; those to `take` are cleared."""
+    mode = os.lstat(name, dir_fd=folder).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return 0
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+    except PermissionError:
+        return 0  # nor could this user clear them
+    try:
+        flags: int
+        try:
+            # Declared as a long, and read and written as an int, since ever.
+            found = fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(_LONG))
+        except OSError:
+            return 0  # a file system without them
+        (flags,) = struct.unpack_from("I", found)
+        if flags & take:
+            left = struct.pack("I", flags & ~take).ljust(_LONG, b"\0")
+            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, left)
+        return flags
     finally:
         os.close(descriptor)
 

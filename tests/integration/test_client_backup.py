@@ -202,7 +202,7 @@ class TestTheServerIsDown:
         for chunk in mirrored.chunks() - before:
             (mirrored.store / chunk[:4] / f"{chunk}.cacnk").unlink()
         tree = snapshot(appliance.destination)
-        end = appliance.update(code=3)
+        end = appliance.update(code=1)
         assert ".cacnk" in end["message"]
         assert snapshot(appliance.destination) == tree
         assert appliance.verify() == {}
@@ -215,7 +215,7 @@ class TestTheServerIsDown:
         for chunk in mirrored.chunks() - before:
             _damage(mirrored.store / chunk[:4] / f"{chunk}.cacnk")
         tree = snapshot(appliance.destination)
-        end = appliance.update(code=4)
+        end = appliance.update(code=1)
         assert "offline.castr" in end["message"]
         assert snapshot(appliance.destination) == tree
         assert appliance.verify() == {}
@@ -226,7 +226,7 @@ class TestTheServerIsDown:
         self.carry(site, mirrored)
         _damage(mirrored.index)
         tree = snapshot(appliance.destination)
-        appliance.update(code=4)
+        assert "is damaged" in appliance.update(code=1)["message"]
         assert snapshot(appliance.destination) == tree
 
     def test_the_drive_is_of_another_project(
@@ -294,7 +294,8 @@ class TestTheServerIsUp:
         (mirrored.store / new[0][:4] / f"{new[0]}.cacnk").unlink()
         _damage(mirrored.store / new[1][:4] / f"{new[1]}.cacnk")
         server.requests.clear()
-        assert appliance.update()["outcome"] == "updated"
+        assert appliance.update(code=1)["outcome"] == "updated"
+        mirrored.equals(site)
         assert digest_of(appliance.destination, site) == site.release().digest
         fetched = {path.rpartition("/")[2][:64] for path in server.paths("*.cacnk")}
         assert fetched == set(new[:2])
@@ -320,9 +321,9 @@ class TestTheServerIsUp:
         for chunk in needed(site):
             (mirrored.store / chunk[:4]).unlink(missing_ok=True)
             (mirrored.store / chunk[:4]).symlink_to(outside)
-        end = appliance.update(code=1)
-        assert end["outcome"] == "updated"
+        assert appliance.update()["outcome"] == "updated"
         assert list(outside.iterdir()) == []
+        mirrored.equals(site)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")

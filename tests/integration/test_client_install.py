@@ -243,7 +243,7 @@ class TestDrift:
 
     def check(self, site: Site, appliance: Appliance, *, reason: str = "operator") -> None:
         end = appliance.update("--reason", reason)
-        assert (end["outcome"], end["message"]) == ("updated", "repaired")
+        assert (end["outcome"], end["message"]) == ("updated", "repaired 1.0")
         assert digest_of(appliance.destination, site) == site.release().digest
         assert appliance.verify() == {}
         assert appliance.update("--reason", "start")["outcome"] == "current"
@@ -344,7 +344,7 @@ class TestPreserve:
             assert appliance.verify() == {}
         assert (appliance.destination / "deep/only").stat().st_mode & 0o777 == 0o750
         (appliance.destination / "bin/tool").write_text("changed by hand")
-        assert appliance.update("--reason", "start")["message"] == "repaired"
+        assert appliance.update("--reason", "start")["message"].startswith("repaired ")
         assert self.inodes(appliance) == before
         assert appliance.verify() == {}
         appliance.run("rollback", "tree")
@@ -389,6 +389,18 @@ class TestPreserve:
         site.publish()
         appliance.update(code=4)
         assert self.inodes(appliance) == before
+
+    def test_the_only_copy_is_never_swept(self, site: Site, appliance: Appliance) -> None:
+        """A power cut after the exchange, and the state is lost: the old tree still has them."""
+        aside = appliance.staging / "new"
+        appliance.staging.mkdir(mode=0o700, exist_ok=True)
+        aside.mkdir()
+        (appliance.destination / "data").rename(aside / "data")
+        (appliance.staging / "leftover").mkdir()
+        (appliance.state_dir / "tree" / "state.json").unlink()
+        assert appliance.update()["outcome"] == "adopted"
+        assert (aside / "data" / "base").read_text() == "precious"
+        assert not (appliance.staging / "leftover").exists()
 
     def test_not_in_place(self, site: Site, appliance: Appliance) -> None:
         appliance.entry["apply"] = "in-place"

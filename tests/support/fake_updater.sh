@@ -12,6 +12,7 @@ while [[ ${1-} == -* ]]; do
     case $1 in
         --report) fd=$2; shift ;;
         --reason) reason=$2; shift ;;
+        --offline) reason+=,offline ;;
         --skip=*) skip+=("${1#--skip=}") ;;
         --) shift; break ;;
     esac

@@ -69,8 +69,8 @@ class FolderRunner:
             raise answer
         return answer
 
-    def forget(self, handle: Handle) -> None:
-        (self.root / handle.id).unlink(missing_ok=True)
+    def forget(self, action_id: str) -> None:
+        (self.root / action_id).unlink(missing_ok=True)
 
 
 @dataclass

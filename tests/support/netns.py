@@ -32,6 +32,7 @@ FAR6 = "fd00:233::1"
 BEHIND = "10.250.0.1"
 
 _CHILD = Path(__file__).parent / "online_child.py"
+_FAR_HOST = Path(__file__).parent / "far_host.py"
 _SOURCES = Path(__file__).parents[2] / "src"
 
 
@@ -50,6 +51,13 @@ class Namespace:
     def run(self, *argv: str) -> None:
         subprocess.run(self.argv(*argv), check=True, stdout=subprocess.DEVNULL)
 
+    def service(
+        self, *arguments: str
+    ) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:
+        """One of the services of `far_host` inside, while the block lasts."""
+        path = f"PYTHONPATH={_FAR_HOST.parents[1]}"
+        return self.running("env", path, "/usr/bin/python3", str(_FAR_HOST), *arguments)
+
     @contextlib.contextmanager
     def running(self, *argv: str) -> Iterator[subprocess.Popen[str]]:
         """A program inside that ends when the block is left; it has said a line by then."""
@@ -62,6 +70,7 @@ class Namespace:
                 yield process
             finally:
                 process.kill()
+                process.wait()
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ if what == "start":
     runner.start(Action(name, "web", command, Path("/srv"), limit, env))
 handle = runner.find(name)
 if what == "forget":
-    runner.forget(handle)
+    runner.forget(handle.id)
     result = None
 else:
     result = runner.collect(handle, float(rest[-1]) if what == "collect" else 30.0)

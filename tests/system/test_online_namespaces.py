@@ -15,17 +15,11 @@ pytestmark = pytest.mark.system
 FLAPS = int(os.environ.get("ONLINE_FLAPS", "10"))
 """Each takes a second. The table in the documentation is of 30."""
 
-FAR_HOST = Path(__file__).parents[1] / "support" / "far_host.py"
-
 
 @pytest.fixture
 def world() -> Iterator[Pair]:
     with pair() as made:
         yield made
-
-
-def service(*arguments: str) -> tuple[str, ...]:
-    return ("/usr/bin/python3", str(FAR_HOST), *arguments)
 
 
 def came_first(watcher: Watcher) -> None:
@@ -65,7 +59,7 @@ def test_what_the_kernel_knows_is_believed_at_once_and_a_return_is_one_return(
 
 def test_where_icmp_is_filtered_a_tcp_connect_answers_and_is_remembered(world: Pair) -> None:
     world.far.run("sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1")
-    with world.far.running(*service("tcp", FAR, "80")), Watcher(world.device, FAR) as watcher:
+    with world.far.service("tcp", FAR, "80"), Watcher(world.device, FAR) as watcher:
         came_first(watcher)
         assert watcher.report()[0]["method"] == "tcp"
         world.unplug()
@@ -94,7 +88,7 @@ def test_it_works_with_the_rights_it_has_and_says_which(
     world.device.run("sysctl", "-qw", f"net.ipv4.ping_group_range={groups}")
     prelude = f'set -- setpriv {rights} {NOBODY} "$@"'
     with (
-        world.far.running(*service("tcp", FAR, "80")),
+        world.far.service("tcp", FAR, "80"),
         Watcher(world.device, FAR, prelude=prelude) as watcher,
     ):
         came_first(watcher)
@@ -104,7 +98,7 @@ def test_it_works_with_the_rights_it_has_and_says_which(
 
 def test_a_host_whose_method_changes_is_not_declared_dead(world: Pair) -> None:
     with (
-        world.far.running(*service("tcp", FAR, "80")),
+        world.far.service("tcp", FAR, "80"),
         Watcher(world.device, FAR, interval_online=0.3) as watcher,
     ):
         came_first(watcher)
@@ -127,7 +121,7 @@ def test_a_host_that_drops_everything_is_offline_until_it_answers(world: Pair) -
 
 def test_a_dead_uplink_behind_a_live_link_is_noticed_by_patience(world: Pair) -> None:
     with Watcher(world.device, FAR, interval_online=0.3, method="tcp") as watcher:
-        with world.far.running(*service("tcp", FAR, "80")):
+        with world.far.service("tcp", FAR, "80"):
             came_first(watcher)
             now = time.monotonic()
         assert watcher.said("offline (refuses connections)", now, timeout=15) > 5
@@ -146,13 +140,13 @@ def test_a_name_service_that_fails_is_a_state_of_its_own(
     plain.write_text("hosts: files dns\n")
     prelude = f"mount --bind {resolver} /etc/resolv.conf && mount --bind {plain} /etc/nsswitch.conf"
     with Watcher(world.device, "updates.example", prelude=prelude, interval_offline=0.5) as watcher:
-        with world.far.running(*service("dns", FAR, answer)):
+        with world.far.service("dns", FAR, answer):
             watcher.finding(finding)
             children = Path(f"/proc/{watcher.pid}/task/{watcher.pid}/children")
             for _ in range(20):
                 assert len(children.read_text().split()) <= 1
                 time.sleep(0.05)
-        with world.far.running(*service("dns", FAR, FAR)):
+        with world.far.service("dns", FAR, FAR):
             watcher.came_online(0, timeout=10)
             (status,) = watcher.report()
             assert status["address"] == FAR

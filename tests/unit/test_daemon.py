@@ -38,6 +38,8 @@ class HandWatcher:
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
         self.events: list[Event] = []
         self.broken = False
+        self.ended: list[tuple[str, bool]] = []
+        self.offline: set[str] = set()
         self.configured = 0
         self.closed = False
         self.calls = 0
@@ -64,6 +66,12 @@ class HandWatcher:
     def configure(self, configuration: Configuration) -> None:
         self.configured += 1
 
+    def cycle_ended(self, name: str, *, reached: bool) -> None:
+        self.ended.append((name, reached))
+
+    def believed_offline(self, name: str) -> bool:
+        return name in self.offline
+
     def report(self) -> Any:
         return [{"host": "h", "ports": (1, 2)}]
 
@@ -86,7 +94,7 @@ class Service:
             daemon=DaemonSettings(stall_timeout=PATIENCE),
         )
         self.configuration = Configuration(entries, self.settings)
-        self.watcher: HandWatcher | None = None
+        self.watcher = HandWatcher()
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
         self.watchdog: float | None = None
         self.sightless = False
@@ -110,11 +118,10 @@ class Service:
         self.loads += 1
         return self.configuration
 
-    def _watch(self, configuration: Configuration) -> Watcher | None:
+    def _watch(self, configuration: Configuration) -> Watcher:
         if self.sightless:
             raise LocalError("no netlink here")
-        if self.watcher is not None:
-            self.notes.append("WATCHING")
+        self.notes.append("WATCHING")
         return self.watcher
 
     def _run(self) -> None:
@@ -174,7 +181,6 @@ def service(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Servic
 
 def test_recovery_then_ready_then_a_cycle_of_each_entry(service: Service) -> None:
     service.configuration = Configuration((an_entry("a"), an_entry("b")), service.settings)
-    service.watcher = HandWatcher()
     service.behave("recover-", f"until test -e {service.folder}/go; do sleep 0.02; done")
     service.start()
     until(lambda: service.called("recover"))
@@ -307,7 +313,6 @@ def test_startup_may_take_for_ever_and_ends_with_the_service(service: Service) -
 def test_reload_takes_up_new_entries_and_leaves_the_others(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
-    service.watcher = HandWatcher()
     service.start()
     until(lambda: service.called("end update a"))
     service.configuration = Configuration(
@@ -368,7 +373,6 @@ def test_a_stop_during_recovery_waits_for_it(service: Service) -> None:
 
 
 def test_online_and_drives_start_cycles(service: Service) -> None:
-    service.watcher = HandWatcher()
     service.start()
     until(lambda: service.called("end update a"))
     service.watcher.say(CameOnline(("a",)))
@@ -377,11 +381,40 @@ def test_online_and_drives_start_cycles(service: Service) -> None:
     until(lambda: service.called("update a media"))
 
 
+def test_the_watcher_and_the_cycles_know_of_each_other(service: Service) -> None:
+    service.watcher.offline.add("a")
+    service.behave("update-a", "result unreachable")
+    service.start()
+    until(lambda: service.called("update a start,offline") and service.watcher.ended)
+    service.behave("update-a", "result current")
+    service.watcher.offline.clear()
+    service.watcher.say(CameOnline(("a",)))
+    until(lambda: len(service.watcher.ended) == 2)
+    assert "update a online" in service.calls()
+    assert service.watcher.ended == [("a", False), ("a", True)]
+    until(lambda: read_live(service.state)["entries"].get("a", {}).get("reason") == "online")
+
+
+def test_what_is_switched_off_is_not_watched(service: Service) -> None:
+    off = replace(service.settings, online=OnlineSettings(enabled=False))
+    service.configuration = replace(service.configuration, settings=off)
+    service.start()
+    until(lambda: service.called("end update a"))
+    assert "WATCHING" not in service.notes
+    assert read_live(service.state)["online"] is None
+    service.configuration = replace(service.configuration, settings=service.settings)
+    service.signal(signal.SIGHUP)
+    until(lambda: read_live(service.state).get("online"))
+    service.configuration = replace(service.configuration, settings=off)
+    service.signal(signal.SIGHUP)
+    until(lambda: service.watcher.closed)
+    until(lambda: read_live(service.state)["online"] is None)
+
+
 def test_a_watcher_that_goes_blind_is_left_out(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     service.configuration = Configuration((an_entry("a", 0.2),), service.settings)
-    service.watcher = HandWatcher()
     service.watcher.broken = True
     service.start()
     until(lambda: service.called("update a") >= 3)
@@ -419,7 +452,6 @@ def test_two_daemons_on_one_state_directory(service: Service, tmp_path: Path) ->
 
 def test_the_live_file_says_what_goes_on(service: Service) -> None:
     service.configuration = Configuration((an_entry("a"), an_entry("b")), service.settings)
-    service.watcher = HandWatcher()
     service.behave(
         "update-a",
         'report \'{"step": "build", "version": "1.4.2"}\'; report \'{"done": 3100000, "total":'
@@ -457,7 +489,6 @@ def test_the_live_file_is_written_at_most_once_a_second(service: Service) -> Non
 
 
 def test_an_idle_daemon_sleeps(service: Service) -> None:
-    service.watcher = HandWatcher()
     service.start()
     until(lambda: any(words.startswith("idle; next check at") for words in service.status()))
     time.sleep(0.2)

@@ -19,6 +19,7 @@ COMMANDS = (
     "rollback",
     "resume",
     "verify",
+    "online",
     "recover",
     "startup",
 )

@@ -5,17 +5,21 @@ import dataclasses
 import json
 import os
 import selectors
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
-from casync_updater.clock import Clock
+from casync_updater.cli.context import chosen
+from casync_updater.cli.places import state_dir
+from casync_updater.clock import Clock, SystemClock
+from casync_updater.live import read_live
 from casync_updater.model import Entry, OnlineSettings
 from casync_updater.online.detector import Phase
 from casync_updater.online.hosts import hosts_of
 from casync_updater.online.interfaces import Gateway, Interface, gateways, interfaces
 from casync_updater.online.online import Online
-from casync_updater.online.report import HostStatus
+from casync_updater.online.report import HostStatus, line
 
 _PATIENCE = 6.0
 """Seconds for the hosts to answer: a little more than the longest probe takes."""
@@ -32,9 +36,25 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--watch", action="store_true", help="go on and follow what happens")
     parser.add_argument("--json", action="store_true", help="write JSON; one line per change")
+    parser.set_defaults(run=run)
 
 
-def run(
+def run(arguments: argparse.Namespace) -> int:
+    """Show the network as it is, with what the daemon remembers of the hosts."""
+    configuration, entries = chosen(arguments, ())
+    daemon = read_live(state_dir(arguments)).get("online") or {"hosts": ()}
+    return show(
+        arguments,
+        entries,
+        configuration.settings.online,
+        sys.stdout,
+        clock=SystemClock(),
+        since={host["name"]: (host["state"], host["since"]) for host in daemon["hosts"]},
+        environment=os.environ,
+    )
+
+
+def show(
     args: argparse.Namespace,
     entries: Iterable[Entry],
     settings: OnlineSettings,
@@ -42,7 +62,7 @@ def run(
     *,
     clock: Clock,
     since: Mapping[str, tuple[str, float]],
-    environment: Mapping[str, str] = os.environ,
+    environment: Mapping[str, str],
 ) -> int:
     """Probe every host once and show what came of it; with `--watch` until interrupted.
 
@@ -60,7 +80,7 @@ def run(
         0 where every host is within reach, 3 where one is not.
 
     Raises:
-        ConfigError: a host or a proxy cannot be understood.
+        ConfigError: a proxy cannot be understood.
         LocalError: the kernel does not tell about the network.
     """
     hosts = hosts_of(entries, settings, environment)
@@ -146,7 +166,7 @@ class _Output:
         elif not hosts:
             self._write("no entry has a source on the network")
         for host in hosts:
-            self._write(_host_line(host))
+            self._write(line(host.as_json()))
 
     def _write(self, line: str) -> None:
         self._out.write(line + "\n")
@@ -165,22 +185,6 @@ def _document(
         ],
         "hosts": [host.as_json() for host in hosts],
     }
-
-
-def _host_line(host: HostStatus) -> str:
-    name = host.name
-    if host.proxy_for:
-        name += f" (proxy for {', '.join(host.proxy_for)})"
-    parts = [f"host {name}: {host.state} since {_when(host.since)}"]
-    if host.state is Phase.ONLINE:
-        parts.append(f"{host.method} {1000 * (host.round_trip or 0):.1f} ms")
-        parts.append(f"{host.address} by {host.interface}")
-    else:
-        parts.append(host.finding or "no answer yet")
-    if host.icmp is not None and host.icmp != "raw":
-        parts.append(f"ICMP: {host.icmp}")
-    parts.append(f"for {', '.join(host.entries)}")
-    return ", ".join(parts)
 
 
 def _when(seconds: float) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import casync_updater
 from casync_updater.cli.places import state_dir
-from casync_updater.clock import SystemClock
-from casync_updater.config.configuration import load_configuration
-from casync_updater.daemon import Daemon
+from casync_updater.clock import Clock, SystemClock
+from casync_updater.config.configuration import Configuration, load_configuration
+from casync_updater.daemon import Daemon, Watcher
 from casync_updater.live import LIVE
-from casync_updater.network import Network
 from casync_updater.tools.notify import Notifier
 
 
@@ -48,11 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         return Daemon(
             program=_program(arguments, config),
             load=lambda: load_configuration(config, arguments.settings),
-            watch=lambda configuration: (
-                Network(configuration, clock, os.environ)
-                if configuration.settings.online.enabled
-                else None
-            ),
+            watch=lambda configuration: _watch(configuration, clock),
             state_dir=state,
             live=live,
             signals=signals,
@@ -60,6 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
             clock=clock,
             draw=lambda limit: random.uniform(0.0, limit),  # noqa: S311 - spreads load, no secret
         ).run()
+
+
+def _watch(configuration: Configuration, clock: Clock) -> Watcher:
+    # Loaded here, since a daemon that watches nothing shall not carry it.
+    from casync_updater.network import Network  # noqa: PLC0415
+
+    return Network(configuration, clock, os.environ)
 
 
 def _program(arguments: argparse.Namespace, config: Path) -> list[str]:

@@ -76,5 +76,5 @@ def _run(entry: Entry, command: str, settings: Settings, runner: ActionRunner) -
         action = Action(name, entry.name, command, settings.actions.directory, None, env)
         handle = runner.start(action)
     result = runner.collect(handle, math.inf)
-    runner.forget(handle)
+    runner.forget(handle.id)
     return None if result is None or result.ok else str(result)

@@ -13,6 +13,7 @@ from casync_updater.cycle.staging import survey
 from casync_updater.errors import LocalError
 from casync_updater.live import read_live
 from casync_updater.model import Entry, Installed
+from casync_updater.online.report import line
 from casync_updater.state import State, StateFolder
 
 
@@ -36,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         document = {"version": __version__, "online": live.get("online"), "entries": found}
         print(json.dumps(document, indent=2))
     else:
+        for host in (live.get("online") or {}).get("hosts", ()):
+            print(line(host))
         for item in found:
             _show(item)
     return 0
@@ -57,6 +60,7 @@ def _entry(entry: Entry, state: State, live: dict[str, Any]) -> dict[str, object
         "lastSuccess": _time(state.last_success),
         "nextCheck": _time(live.get("nextCheck")),
         "state": live.get("state", "idle"),
+        "reason": live.get("reason"),
         "progress": live.get("progress"),
         "pending": [action.command for action in state.pending],
         "refused": None
@@ -94,6 +98,7 @@ def _show(item: dict[str, Any]) -> None:
     lines = {
         "state": item["state"] if item["state"] != "idle" else None,
         "last success": item["lastSuccess"],
+        "started by": item["reason"],
         "next check": item["nextCheck"],
         "held": item["held"],
         "not atomic": item["notAtomicBecause"],

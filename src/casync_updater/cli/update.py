@@ -5,17 +5,25 @@ import dataclasses
 import json
 import os
 import sys
+from dataclasses import replace
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
 from casync_updater.cli.monitors import monitor_for
 from casync_updater.cycle.cycle import Cycle, Surroundings
 from casync_updater.cycle.stop import StoppedError
 from casync_updater.errors import BusyError
-from casync_updater.model import Entry, Monitor, Reason
+from casync_updater.model import Entry, Monitor, Reason, Settings
 from casync_updater.reports import CycleEnd, Outcome, PipeMonitor
+from casync_updater.sources.base import shown
 from casync_updater.state import StateFolder
 
 _FOREVER = 1e9
+
+_OFFLINE_CONNECT = 5.0
+"""Seconds for the one attempt at a source that is believed to be out of reach."""
+
+_OFFLINE_RESOLVER = "timeout:2 attempts:1"
+"""resolv.conf(5): the same for its name."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,6 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     # What the daemon says to a cycle's process; nobody else has a use for it.
     parser.add_argument("--reason", type=Reason, default=Reason.OPERATOR, help=argparse.SUPPRESS)
+    parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--report", metavar="FD", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -38,7 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the cycles one after the other; each is tried."""
     configuration, entries = chosen(arguments, arguments.names)
     ends: dict[str, CycleEnd] = {}
-    with surroundings(arguments, configuration.settings) as outside:
+    settings = configuration.settings
+    if arguments.offline:
+        settings = _for_one_attempt(settings)
+    with surroundings(arguments, settings) as outside:
         for entry in entries:
             end = _one(arguments, entry, outside)
             ends[entry.name] = end
@@ -50,6 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({name: dataclasses.asdict(end) for name, end in ends.items()}, indent=2))
     codes = {end.exit for end in ends.values()}
     return next((code for code in (4, 1, 3, 2) if code in codes), 0)
+
+
+def _for_one_attempt(settings: Settings) -> Settings:
+    os.environ["RES_OPTIONS"] = f"{os.environ.get('RES_OPTIONS', '')} {_OFFLINE_RESOLVER}".strip()
+    connect_timeout = min(_OFFLINE_CONNECT, settings.fetch.connect_timeout)
+    return replace(settings, fetch=replace(settings.fetch, connect_timeout=connect_timeout))
 
 
 def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> CycleEnd:
@@ -69,7 +87,15 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
         with folder.locked(reason.value, wait=0.0 if reporting else _FOREVER) as lock:
             while True:
                 folder.queued.unlink(missing_ok=True)
-                cycle = Cycle(entry, outside, monitor, lock, entry_log(entry, reason))
+                log = entry_log(entry, reason)
+                if arguments.offline:
+                    log.info(
+                        "%s seems to be out of reach: one attempt of %g seconds, then %s",
+                        shown(entry.source.index),
+                        outside.settings.fetch.connect_timeout,
+                        "no other source" if entry.backup is None else shown(entry.backup.index),
+                    )
+                cycle = Cycle(entry, outside, monitor, lock, log)
                 end = cycle.run(reason, accept_legacy=arguments.accept_legacy)
                 if not folder.queued.exists() or end.outcome is Outcome.STOPPED:
                     break

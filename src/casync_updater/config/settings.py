@@ -4,6 +4,8 @@
 messages are made from it, the defaults from the dataclasses of `model`.
 """
 
+import contextlib
+import ipaddress
 import math
 import os
 import re
@@ -29,7 +31,8 @@ from casync_updater.model import Settings
 FILE_NAME = "casync-updater.conf"
 
 _YEAR = 366 * 86400
-_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?|[0-9A-Fa-f:.]+|[\w.-]+(:[0-9]{1,5})?")
+_HOST = re.compile(r"(?:\[(?P<address>[^\]]+)\]|(?P<name>[\w.-]+))(?::(?P<port>[0-9]{1,5}))?")
+_PORT = 443
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "enabled": Key("flag", "Probe the update hosts, and start a cycle when one comes back."),
         "hosts": Key(
             "hosts",
-            "Hosts to probe beside those of the entries' srcIndex, separated by commas.",
+            "Hosts to probe beside those of the entries' srcIndex, separated by commas: name,"
+            " name:port or [address]:port, with port 443 where none is named.",
         ),
         "method": Key(
             "choice(auto, icmp, tcp)",
@@ -370,16 +374,30 @@ def _choice(value: object, *choices: str) -> str:
     return str(value)
 
 
-def _hosts(value: object) -> tuple[str, ...]:
+def _hosts(value: object) -> tuple[tuple[str, int], ...]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list):
         raise BadValueError("is no list; write host names separated by commas")
-    for word in words:
-        if word and not _HOST.fullmatch(word):
-            raise BadValueError(
-                f"has {shown(word)}; write names or addresses, no URLs, between commas"
-            )
-    return tuple(word for word in words if word)
+    return tuple(_host(word) for word in words if word)
+
+
+def _host(word: str) -> tuple[str, int]:
+    """A host and its port, from ``name``, ``name:port``, ``address`` or ``[address]:port``."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(word)), _PORT
+    found = _HOST.fullmatch(word)
+    try:
+        if found is None:
+            raise ValueError(word)
+        name = found["name"] or str(ipaddress.ip_address(found["address"]))
+        port = int(found["port"] or _PORT)
+        if not 0 < port < 1 << 16:
+            raise ValueError(word)
+    except ValueError:
+        raise BadValueError(
+            f"has {shown(word)}; write name, name:port or [address]:port, no URLs, between commas"
+        ) from None
+    return name.lower(), port
 
 
 def _path(value: object) -> Path:

@@ -73,11 +73,11 @@ def promise(
     ``CASYNC_UPDATER_ENTRY``, ``_OLD_VERSION`` and ``_NEW_VERSION`` (empty where unknown),
     ``_REASON``, and ``_CHANGES``: a file with one line per changed path, ``added``, ``changed``
     or ``removed``, a space, and the path with unprintable bytes as ``\ooo``.
-
-    Raises:
-        OSError: the list of changed paths could not be written.
     """
     commands = tuple(commands)
+    # Of a commit that failed; nothing is pending when something is promised.
+    for listing in folder.actions.iterdir():
+        listing.unlink()
     if not commands:
         return ()
     stem = f"{new.index_sha256[:16]}-{new.since:.0f}"
@@ -140,31 +140,35 @@ class Actor:
 
         Raises:
             StoppedError: the updater was told to stop; the state says what is left to do.
-            LocalError: the state cannot be saved.
+            UnrecordedError: the state cannot be saved.
         """
         commands: list[str] = []
         failures: list[str] = []
         while state.pending:
-            state, result = self._finish(state)
-            pending, *rest = state.pending
-            commands.append(pending.command)
-            if result is not None and not result.ok and not result.lost:
-                failures.append(f"action {pending.command!r} {result}")
-                self._log.error("%s", failures[-1])
-            state = replace(state, pending=tuple(rest))
-            self._folder.save(state)
-            if (handle := self._runner.find(pending.id)) is not None:
-                self._runner.forget(handle)
-        for listing in self._folder.actions.glob("*.changes"):
+            if state.pending[0].state is not ActionState.ENDED:
+                state, result = self._finish(state)
+                command = state.pending[0].command
+                commands.append(command)
+                if result is not None and not result.ok and not result.lost:
+                    failures.append(f"action {command!r} {result}")
+                    self._log.error("%s", failures[-1])
+                state = self._mark(state, ActionState.ENDED)
+            # Only now, and before the promise is gone: a kill in between neither repeats the
+            # action nor leaves anything of it.
+            self._runner.forget(state.pending[0].id)
+            state = replace(state, pending=state.pending[1:])
+        self._folder.save(state)
+        for listing in self._folder.actions.iterdir():
             listing.unlink()
         return Acted(tuple(commands), tuple(failures)), state
 
-    def examine(self, commands: Iterable[str], attempt: str) -> str | None:
+    def examine(self, commands: Iterable[str], about: str) -> str | None:
         """Run health checks, one after the other.
 
         Args:
             commands: each must succeed.
-            attempt: tells this try apart from those that a reboot cut off.
+            about: tells checks of this installation apart from those of others. One that was
+                begun in this boot is collected, and not begun again.
 
         Returns:
             What failed, in words; None where all succeeded.
@@ -172,28 +176,40 @@ class Actor:
         Raises:
             StoppedError: the updater was told to stop.
         """
+        failure = None
+        names: list[str] = []
         for number, command in enumerate(commands):
-            self._log.info("running health check %r", command)
             action = Action(
-                action_id(self._entry.name, "health", attempt, str(number)),
+                action_id(self._entry.name, "health", about, str(number)),
                 self._entry.name,
                 command,
                 self._directory,
                 self._timeout,
                 {"CASYNC_UPDATER_ENTRY": self._entry.name},
             )
-            handle = self._runner.find(action.id)
-            result = None if handle is None else self._result(handle)
-            if handle is None or result is None or result.lost:
-                try:
-                    handle = self._runner.start(action)
-                except LocalError as error:
-                    return str(error)
-                result = self._result(handle)
-            self._runner.forget(handle)
-            if not result.ok:
-                return f"health check {command!r} {result}"
-        return None
+            names.append(action.id)
+            failure = self._examine_one(action)
+            if failure is not None:
+                break
+        for name in names:
+            self._runner.forget(name)
+        return failure
+
+    def _examine_one(self, action: Action) -> str | None:
+        handle = self._runner.find(action.id)
+        result = self._await(handle) if handle is not None else ActionResult()
+        if result.lost:
+            self._log.info("running health check %r", action.command)
+            try:
+                result = self._await(self._runner.start(action))
+            except LocalError as error:
+                return str(error)
+        return None if result.ok else f"health check {action.command!r} {result}"
+
+    def _await(self, handle: Handle) -> ActionResult:
+        while (result := self._runner.collect(handle, _PATIENCE)) is None:
+            self._waiting()
+        return result
 
     def _finish(self, state: State) -> tuple[State, ActionResult | None]:
         """Bring the first pending action to its end; None where it never had a result."""
@@ -235,15 +251,10 @@ class Actor:
     def _collect(self, state: State, handle: Handle) -> ActionResult:
         """Wait for an action; when the updater is told to stop, leave it to itself."""
         try:
-            return self._result(handle)
+            return self._await(handle)
         except StoppedError:
             self._mark(state, ActionState.LEFT)
             raise
-
-    def _result(self, handle: Handle) -> ActionResult:
-        while (result := self._runner.collect(handle, _PATIENCE)) is None:
-            self._waiting()
-        return result
 
     def _mark(self, state: State, mark: ActionState) -> State:
         first, *rest = state.pending

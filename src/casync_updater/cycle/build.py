@@ -121,6 +121,9 @@ class CasyncBuilder:
         Chunks are not synced one by one: after a power cut a file may be empty.
         """
         self._spool.mkdir(parents=True, exist_ok=True)
+        for left in self._spool.parent.iterdir():
+            if left != self._spool:
+                remove(left)
         store = LocalStore(self._spool)
         wanted = {ref.hex: ref for ref in offer.index}
         for file in self._spool.glob("*/*"):
@@ -188,6 +191,7 @@ class CasyncBuilder:
                 flags=offer.index.flags,
                 seeds=seeds,
                 keep_fds=(self._lock,),
+                temporary=self._spool.parent,
             )
         except OSError as error:
             raise LocalError(f"{target}: {error.strerror}") from error

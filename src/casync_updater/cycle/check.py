@@ -7,12 +7,12 @@ source answers that it did not change.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from casync_updater import trust
 from casync_updater.clock import Clock
+from casync_updater.cycle.demands import Demands, Vouched, read_slots
 from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
 from casync_updater.errors import (
     ContentError,
@@ -22,7 +22,7 @@ from casync_updater.errors import (
     UpdaterError,
 )
 from casync_updater.formats import index as index_format
-from casync_updater.model import Entry, Mark, Origin, Release, TrustSettings
+from casync_updater.model import Entry, FileRef, Mark, Origin, Release, TrustSettings
 from casync_updater.release import (
     RELEASE_LIMIT,
     BestClock,
@@ -31,7 +31,6 @@ from casync_updater.release import (
     best_clock,
     freshness,
     order,
-    parse_release,
 )
 from casync_updater.sources.base import Source, Validators, shown
 from casync_updater.state import Answer, State, accepted
@@ -77,26 +76,48 @@ class Checker:
         self._accept_legacy = accept_legacy
 
     def check(self, sources: Mapping[Origin, Callable[[], Source]]) -> Checked:
-        """Ask the source, and the backup where the source cannot answer or is refused.
+        """Ask the source, and the backup where it counts; the newest valid release wins.
+
+        A backup counts where the source cannot answer or is refused, and beside a source that
+        answers where both are signed: nobody but the publisher can have made what is on it.
 
         Raises:
             UpdaterError: no source gave a usable answer; the gravest of the reasons.
         """
         failures: list[UpdaterError] = []
+        candidates: list[Candidate] = []
         for origin in Origin:
-            if origin not in sources:
+            if origin not in sources or (candidates and not candidates[0].signed):
                 continue
             try:
-                outcome = self._judge(self._ask(origin, sources[origin]()))
+                candidates += self._asked(origin, sources[origin](), candidates)
             except (RemoteError, ContentError, TrustError) as error:
                 failures.append(error)
+        # The sort is stable: of two with the same release, the source itself comes first.
+        for candidate in sorted(candidates, key=_place, reverse=True):
+            try:
+                outcome = self._judge(candidate)
+            except TrustError as error:
+                failures.append(error)
                 continue
-            return Checked(outcome, tuple(failures))
+            answered = tuple(one.source for one in candidates)
+            return Checked(outcome, self.demands(), tuple(failures), answered)
         raise min(failures, key=lambda error: (4, 1, 3).index(error.exit_code))
+
+    def _asked(
+        self, origin: Origin, source: Source, others: Sequence[Candidate]
+    ) -> Iterable[Candidate]:
+        """What a source has to offer beside what others have."""
+        if not others:
+            return (self._ask(origin, source),)
+        newest = read_slots(source, self.demands()).newest
+        if newest is None or not newest.signed:
+            return ()
+        return (_candidate(origin, source, newest),)
 
     def _ask(self, origin: Origin, source: Source) -> Candidate:
         try:
-            return self._ask_release(origin, source)
+            return _candidate(origin, source, self._release(origin, source))
         except MissingError as error:
             if self.state.accepted_release and not self._accept_legacy:
                 raise RemoteError(
@@ -104,7 +125,7 @@ class Checker:
                     " a source without one is not taken; if that is meant, say: casync-updater"
                     f" update --accept-legacy {self._entry.name}"
                 ) from error
-        if self._signature_needed(but_for_the_mark=self._accept_legacy):
+        if self.demands().signature:
             raise TrustError(
                 "signature",
                 expected="a signed release",
@@ -113,18 +134,41 @@ class Checker:
             )
         return self._ask_legacy(origin, source)
 
-    def _ask_release(self, origin: Origin, source: Source) -> Candidate:
-        body, where = self._document(source, ".release", RELEASE_LIMIT)
-        statement = trust.authenticate(
-            body,
-            keyrings=self._entry.signed_by or (self._settings.keyrings,),
-            required=self._signature_needed(),
-            where=where,
-            now=self._now().time,
+    def _release(self, origin: Origin, source: Source) -> Vouched:
+        """The release of a source.
+
+        Raises:
+            MissingError: it has none.
+        """
+        if origin is Origin.SOURCE:
+            body, where = self._document(source, ".release", RELEASE_LIMIT)
+            return self.demands().read(body, where)
+        slots = read_slots(source, self.demands())
+        if slots.newest is not None:
+            return slots.newest
+        if slots.torn is not None:
+            raise TrustError(
+                "signature" if self.demands().signature else "release",
+                expected="a whole release",
+                found=f"one that is damaged: {slots.torn}",
+                where=source.location.index,
+            )
+        raise MissingError(f"{source.location.index}.release does not exist")
+
+    def demands(self) -> Demands:
+        """What the entry demands of a release, whoever offers it.
+
+        Once it accepted a signature, it needs one: an attacker could take it off, and no option
+        of the command line lifts that.
+        """
+        signature = (
+            self._entry.signed_by or self._settings.require or self.state.signed_mark is not None
         )
-        release = parse_release(statement.text, where)
-        return Candidate(
-            origin, source, release, body, statement.signed, release.digest, None, where
+        return Demands(
+            keyrings=self._entry.signed_by or (self._settings.keyrings,),
+            signature=bool(signature),
+            project=self._entry.project,
+            now=self._now().time,
         )
 
     def _ask_legacy(self, origin: Origin, source: Source) -> Candidate:
@@ -160,21 +204,14 @@ class Checker:
             )
         return document.body, document.where
 
-    def _signature_needed(self, *, but_for_the_mark: bool = False) -> bool:
-        return bool(
-            self._entry.signed_by
-            or self._settings.require
-            or (self.state.signed_mark and not but_for_the_mark)
-        )
-
     def _now(self) -> BestClock:
+        """The best clock; nothing unsigned is evidence of the time (see `accepted`)."""
         return best_clock(self._clock.time(), self.state.newest_date, BUILD_DATE)
 
     def _judge(self, candidate: Candidate) -> UpToDate | Newer:
         if candidate.release is None:
             return self._judge_legacy(candidate)
         release = candidate.release
-        self._demand_project(release, candidate.where)
         mark = self.state.signed_mark if candidate.signed else self.state.unsigned_mark
         installed = self.state.installed
         known_digest = None if mark is None else self._digest_of(mark.serial)
@@ -188,8 +225,18 @@ class Checker:
                     found=f"archive {release.digest}",
                     where=candidate.where,
                 )
+        same = installed is not None and installed.digest == release.digest
+        bad = any(release.digest == one.digest for one in self.state.bad)
+        now = self._now()
+        if not same and not bad and freshness(release, now) is Freshness.EXPIRED:
+            raise TrustError(
+                "expiry",
+                expected=f"a release that is still valid on {_date(now.time)}",
+                found=f"Valid-Until {_date(release.valid_until)}",
+                where=candidate.where,
+            )
         self.state = accepted(self.state, release.mark, signed=candidate.signed)
-        if installed and installed.digest == release.digest:
+        if same and installed is not None:
             self.state = replace(
                 self.state,
                 installed=replace(
@@ -200,15 +247,8 @@ class Checker:
                 ),
             )
             return UpToDate(candidate)
-        if any(release.digest == bad.digest for bad in self.state.bad):
+        if bad:
             return self._stays_away(candidate)
-        if freshness(release, self._now()) is Freshness.EXPIRED:
-            raise TrustError(
-                "expiry",
-                expected="a release that is still valid",
-                found=f"Valid-Until {_date(release.valid_until)}",
-                where=candidate.where,
-            )
         return self._unless_held(candidate)
 
     def _digest_of(self, serial: int) -> str | None:
@@ -221,7 +261,7 @@ class Checker:
 
     def _judge_legacy(self, candidate: Candidate) -> UpToDate | Newer:
         if self._accept_legacy:
-            self.state = replace(self.state, signed_mark=None, unsigned_mark=None)
+            self.state = replace(self.state, unsigned_mark=None)
         installed = self.state.installed
         if installed is not None:
             if candidate.digest is not None:
@@ -260,15 +300,35 @@ class Checker:
             f" and serial {mark.serial} was accepted before",
         )
 
-    def _demand_project(self, release: Release, where: str) -> None:
-        if release.project != self._entry.project:
-            raise TrustError(
-                "project", expected=self._entry.project, found=release.project, where=where
-            )
+
+def _candidate(origin: Origin, source: Source, vouched: Vouched) -> Candidate:
+    release = vouched.release
+    return Candidate(
+        origin,
+        source,
+        release,
+        vouched.body,
+        vouched.signed,
+        release.digest,
+        None,
+        vouched.where,
+        vouched.remark,
+    )
 
 
-def load(candidate: Candidate, *, repair: bool = False) -> Offer:
+def _place(candidate: Candidate) -> tuple[int, float]:
+    """A candidate's place in the order of releases; the old layout is before all of them."""
+    release = candidate.release
+    return (release.serial, release.date) if release else (-1, 0.0)
+
+
+def load(candidate: Candidate, others: Sequence[Source] = (), *, repair: bool = False) -> Offer:
     """Fetch a candidate's index, and check it against the release.
+
+    Args:
+        candidate: what shall be installed.
+        others: sources that may have the index as well, where the candidate's own is damaged.
+        repair: it is the installed version.
 
     Raises:
         ContentError: it has another hash than the release says, or is no index.
@@ -276,7 +336,7 @@ def load(candidate: Candidate, *, repair: bool = False) -> Offer:
     """
     source, release = candidate.source, candidate.release
     if release is not None:
-        data = source.by_hash(release.index, "")
+        data = _by_hash(release.index, (source, *others))
     elif candidate.index_bytes is not None:
         data = candidate.index_bytes
     else:
@@ -291,6 +351,16 @@ def load(candidate: Candidate, *, repair: bool = False) -> Offer:
         )
     is_archive = source.location.index.partition("?")[0].endswith(".caidx")
     return Offer(candidate, index, data, _sha256(data), is_archive, repair)
+
+
+def _by_hash(ref: FileRef, sources: Sequence[Source]) -> bytes:
+    failures: list[UpdaterError] = []
+    for source in sources:
+        try:
+            return source.by_hash(ref, "")
+        except (ContentError, RemoteError) as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _sha256(data: bytes) -> str:

@@ -22,7 +22,15 @@ from casync_updater.cycle.values import Verified
 from casync_updater.errors import ContentError, LocalError
 from casync_updater.files import sync_folder
 from casync_updater.model import Apply, Entry, Identity, Installed
-from casync_updater.state import Intent, Journal, Kept, PendingAction, State, StateFolder
+from casync_updater.state import (
+    Intent,
+    Journal,
+    Kept,
+    PendingAction,
+    State,
+    StateFolder,
+    UnrecordedError,
+)
 
 
 class NoExchangeError(LocalError):
@@ -72,6 +80,7 @@ def commit(
         NoExchangeError: an exchange does not work there; nothing was changed.
         LocalError: the commit failed. Where the saved state has no journal, nothing was
             changed; where it has one, `recover` finds out.
+        UnrecordedError: the journal says how the next start goes on.
     """
     plan = verified.staged.plan
     site = plan.site
@@ -91,9 +100,10 @@ def commit(
                 moves=entry.preserve,
                 actions=actions,
                 trial=bool(entry.health_check),
+                hold=state.held,
             )
             return exchange(site, state, folder, journal, now=now)
-        journal = Journal(Intent.IN_PLACE, installed, actions=actions)
+        journal = Journal(Intent.IN_PLACE, installed, actions=actions, hold=state.held)
         state = _recorded(replace(state, journal=journal), identity(site.destination))
     except OSError as error:
         raise LocalError(f"{error.filename or site.destination}: {error.strerror}") from error
@@ -117,7 +127,8 @@ def exchange(
     Raises:
         NoExchangeError: it cannot work here; the journal is taken back.
         LocalError: something in the staged tree or in the destination is in the way.
-        OSError: it failed. The saved state has the journal where the exchange has happened.
+        OSError: it failed, and the destination is as it was.
+        UnrecordedError: it was cut off; the journal says how the next start goes on.
     """
     staged = site.staging / journal.folder
     _demand_free_way(site, staged, journal.moves)
@@ -139,11 +150,34 @@ def exchange(
         if error.errno in syscalls.NO_EXCHANGE:
             raise NoExchangeError(f"{site.destination}: {error.strerror}") from error
         raise
-    sync_folder(site.destination.parent)
-    sync_folder(site.staging)
-    state = replace(complete(site, announced), last_verify=now)
+    with _journalled(site):
+        sync_folder(site.destination.parent)
+        sync_folder(site.staging)
+    try:
+        move_preserved(staged, site.destination, journal.moves)
+    except (OSError, LocalError):
+        # A full disk, say: a folder of the new tree cannot take a name more. Unlike a kill that
+        # is no matter of going on, so all goes back.
+        with _journalled(site):
+            move_preserved(site.destination, staged, journal.moves)
+            syscalls.exchange(staged, site.destination)
+            sync_folder(site.destination.parent)
+            sync_folder(site.staging)
+        folder.save(state)
+        raise
+    with _journalled(site):
+        state = replace(complete(site, announced), last_verify=now)
     folder.save(state)
     return state
+
+
+@contextlib.contextmanager
+def _journalled(site: Site) -> Iterator[None]:
+    """What fails in here is gone on with by the next start, as the journal says."""
+    try:
+        yield
+    except (OSError, LocalError) as error:
+        raise UnrecordedError(f"{site.destination}: the exchange was cut off: {error}") from error
 
 
 def _demand_free_way(site: Site, staged: Path, moves: tuple[str, ...]) -> None:
@@ -154,6 +188,12 @@ def _demand_free_way(site: Site, staged: Path, moves: tuple[str, ...]) -> None:
             " tree: mount it elsewhere"
         )
     for path in moves:
+        for node in (site.destination / path, (site.destination / path).parent):
+            if os.path.lexists(node) and syscalls.is_unchangeable(node):
+                raise LocalError(
+                    f"{node} is immutable or append-only, and the preserved {path} has to be moved"
+                    f" to the new version: chattr -ia {node}"
+                )
         if (found := obstacle(staged, path)) is not None:
             raise LocalError(
                 f"{staged} contains {found}, and the entry preserves {path} for the device: take"
@@ -182,7 +222,7 @@ def complete(site: Site, state: State) -> State:
             sync_folder(site.staging)
         if _same_inode(identity(kept), journal.old):
             previous = (
-                Kept(kept.name, old, journal.moves),
+                Kept(kept.name, old, journal.moves, left=bool(journal.hold or journal.bad)),
                 *(other for other in previous if other.folder != kept.name),
             )
     return replace(_recorded(state, identity(site.destination)), previous=previous)
@@ -211,6 +251,7 @@ def _recorded(state: State, root: Identity | None) -> State:
         journal=None,
         pending=(*state.pending, *journal.actions),
         trial=0 if journal.trial else None,
+        trial_boot="",
         bad=(*state.bad, *journal.bad),
         held=journal.hold,
         refused=None,

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import zstandard
 
+from casync_updater import trust
 from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
 from casync_updater.cycle.build import CasyncBuilder
 from casync_updater.cycle.check import Checker, load
-from casync_updater.cycle.mirror import Mirror, present
+from casync_updater.cycle.mirror import Condition, Mirror, present
 from casync_updater.cycle.plan import lacking, plan
 from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
 from casync_updater.cycle.staging import Site, identity, remove, survey, sweep
@@ -50,12 +51,23 @@ from casync_updater.model import (
     Settings,
     Step,
 )
+from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
-from casync_updater.state import Bad, Intent, Journal, Kept, Refusal, State, StateFolder
+from casync_updater.state import (
+    Bad,
+    Intent,
+    Journal,
+    Kept,
+    Refusal,
+    State,
+    StateFolder,
+    UnrecordedError,
+)
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
+from casync_updater.trust import unwrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +145,7 @@ class Cycle:
         self._spool = outside.cache_dir / entry.name / "chunks.castr"
         self._sources: dict[Origin, Source] = {}
         self._state = State(str(entry.destination))
+        self._refused_before: Refusal | None = None
         self._failures: list[UpdaterError] = []
 
     def run(self, reason: Reason, *, accept_legacy: bool = False) -> CycleEnd:
@@ -145,20 +158,24 @@ class Cycle:
         try:
             with contextlib.ExitStack() as stack:
                 self._state = self._folder.load()
+                self._refused_before = self._state.refused
                 stack.callback(self._close)
                 site = self.recover()
                 self._act()
                 self._prove(site)
                 end = self._cycle(site, reason, accept_legacy)
+                self._prune(site)
+                self._folder.save(self._state)
         except StoppedError as error:
             return CycleEnd(Outcome.STOPPED, 1, str(error))
+        except UnrecordedError as error:
+            return CycleEnd(Outcome.FAILED, error.exit_code, str(error))
         except UpdaterError as error:
             return self._failed(error)
         except OSError as error:
             return self._failed(
                 LocalError(f"{error.filename or self._entry.name}: {error.strerror}")
             )
-        self._folder.save(self._state)
         return end
 
     def recover(self) -> Site:
@@ -258,19 +275,12 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
-        """The versions to go back to, latest first. Clocks may be wrong: serials are not."""
-        current = self._state.installed
+        """The versions to go back to, latest first; what was left by going back is none."""
         bad = {version.digest for version in self._state.bad}
         return [
             kept
             for kept in self._state.previous
-            if kept.installed.digest not in bad
-            and not (
-                current is not None
-                and current.serial is not None
-                and kept.installed.serial is not None
-                and kept.installed.serial > current.serial
-            )
+            if not kept.left and kept.installed.digest not in bad
         ]
 
     def _go_back(
@@ -344,34 +354,63 @@ class Cycle:
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
-        offer = self._offer(site, outcome, reason)
+        if outcome.candidate.remark:
+            self._log.warning("%s: %s", outcome.candidate.where, outcome.candidate.remark)
+        with _blamed(outcome.candidate.origin):
+            offer = self._offer(site, checked, reason)
         if offer is None:
             assert isinstance(outcome, UpToDate)
+            self._renew(outcome.candidate)
             self._note(checked)
-            self._mirror(site, outcome.candidate)
+            self._mirror(site, checked)
             return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
-            self._mirror(site, offer.candidate)
+            self._mirror(site, checked)
             return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
+        with _blamed(offer.candidate.origin):
+            commands = self._installed_somehow(site, offer, checked, reason)
+        self._note(checked)
+        self._prove(site)
+        self._mirror(site, checked)
+        return self._end(
+            Outcome.UPDATED,
+            f"repaired {offer.candidate.version}"
+            if offer.repair
+            else f"updated to {offer.candidate.version}",
+            offer.candidate,
+            commands,
+        )
+
+    def _installed_somehow(
+        self, site: Site, offer: Offer, checked: Checked, reason: Reason
+    ) -> tuple[str, ...]:
+        """Install with one exchange, or in place where that is found not to work."""
         try:
-            commands = self._install(site, offer, reason)
+            return self._install(site, offer, checked, reason)
         except commit.NoExchangeError as error:
             self._state = replace(self._state, no_exchange=str(error))
             self._folder.save(self._state)
             site = survey(self._entry, self._state.no_exchange)
             self._log.warning("%s: updating in place, which is not atomic", error)
-            commands = self._install(site, offer, reason)
-        self._note(checked)
-        self._prove(site)
-        self._mirror(site, offer.candidate)
-        self._prune(site)
-        return self._end(
-            Outcome.UPDATED,
-            "repaired" if offer.repair else f"updated to {offer.candidate.version}",
-            offer.candidate,
-            commands,
-        )
+            return self._install(site, offer, checked, reason)
+
+    def _renew(self, candidate: Candidate) -> None:
+        """Keep the text of a release that was signed again: the backup drive gets it as well."""
+        installed, release = self._state.installed, candidate.release
+        if installed is None or release is None or candidate.text is None:
+            return
+        if (installed.digest, installed.index_sha256) != (release.digest, release.index.sha256):
+            return
+        kept = self._folder.release(installed)
+        if kept.exists():
+            before = kept.read_bytes()
+            if before == candidate.text:
+                return
+            with contextlib.suppress(ContentError):
+                if parse_release(unwrap(before), str(kept)).mark > release.mark:
+                    return
+        self._folder.keep_release(installed, candidate.text, signed=candidate.signed)
 
     def check(self, *, accept_legacy: bool = False) -> Checked:
         """Ask the sources; the state in memory takes their answers."""
@@ -390,17 +429,43 @@ class Cycle:
         finally:
             self._state = checker.state
 
-    def _offer(self, site: Site, outcome: UpToDate | Newer, reason: Reason) -> Offer | None:
+    def _offer(self, site: Site, checked: Checked, reason: Reason) -> Offer | None:
         """What is to be installed: a newer version, or the installed one where it drifted."""
+        outcome = checked.outcome
         if isinstance(outcome, Newer):
-            return load(outcome.candidate)
-        if outcome.note is not None or self._state.installed is None:
+            return load(outcome.candidate, checked.answered)
+        installed = self._state.installed
+        if installed is None:
             return None
-        drift = self._drift(site, self._state.installed, reason)
+        drift = self._drift(site, installed, reason)
         if drift is None:
             return None
         self._log.warning("%s %s: repairing it", site.destination, drift)
-        return load(outcome.candidate, repair=True)
+        if outcome.note is None:
+            return load(outcome.candidate, checked.answered, repair=True)
+        return self._offer_again(installed, outcome.candidate)
+
+    def _offer_again(self, installed: Installed, current: Candidate) -> Offer:
+        """The installed version as it was offered once, while the source has another one."""
+        index = kept_index(self._folder, installed)
+        kept = self._folder.release(installed)
+        text = kept.read_bytes() if kept.exists() else None
+        candidate = replace(
+            current,
+            release=parse_release(trust.unwrap(text), str(kept)) if text else None,
+            text=text,
+            digest=installed.digest,
+            index_bytes=None,
+            where=installed.source,
+        )
+        return Offer(
+            candidate,
+            index,
+            self._folder.index(installed).read_bytes(),
+            installed.index_sha256,
+            self._entry.is_archive,
+            repair=True,
+        )
 
     def _drift(self, site: Site, installed: Installed, reason: Reason) -> str | None:
         """What is wrong with the destination, in words; a look at its root, usually."""
@@ -509,7 +574,9 @@ class Cycle:
         except MissingError:
             return None
 
-    def _install(self, site: Site, offer: Offer, reason: Reason) -> tuple[str, ...]:
+    def _install(
+        self, site: Site, offer: Offer, checked: Checked, reason: Reason
+    ) -> tuple[str, ...]:
         """plan, build, verify, commit, act: the commands that ran."""
         version = offer.candidate.version
         self._monitor.step(Step.PLAN, version)
@@ -535,7 +602,7 @@ class Cycle:
                     self._state, self._folder, self._installed(offer, "")
                 )
 
-            with self._chunks(offer) as chunks:
+            with self._chunks(offer, checked) as chunks:
                 staged = builder.build(planned, chunks, begin)
             self._monitor.step(Step.VERIFY, version)
             verified = verify(staged, self._entry.preserve)
@@ -568,7 +635,6 @@ class Cycle:
             len(verified.changes.changed),
             len(verified.changes.removed),
         )
-        remove(self._spool.parent)
         return self._act(version)
 
     def _act(self, version: str | None = None) -> tuple[str, ...]:
@@ -600,37 +666,48 @@ class Cycle:
         trial, installed = self._state.trial, self._state.installed
         if trial is None or installed is None:
             return
-        if trial < _TRIALS:
-            self._state = replace(self._state, trial=trial + 1)
-            self._folder.save(self._state)
+        before, boot = self._state, self._outside.clock.boot_id()
+        if trial < _TRIALS or before.trial_boot == boot:
+            if before.trial_boot != boot:
+                self._state = replace(before, trial=trial + 1, trial_boot=boot)
+                self._folder.save(self._state)
             try:
                 failure = self._actor().examine(
-                    self._entry.health_check, f"{installed.since:.0f}-{trial}"
+                    self._entry.health_check, f"{installed.index_sha256} {installed.since}"
                 )
             except StoppedError:
                 # An orderly stop is not the version's fault.
-                self._state = replace(self._state, trial=trial)
+                self._state = before
                 self._folder.save(self._state)
                 raise
         else:
             failure = f"its health check was cut off {trial} times"
-        self._state = replace(self._state, trial=None)
         if failure is None:
+            self._state = replace(self._state, trial=None, trial_boot="")
             self._folder.save(self._state)
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
         bad = Bad(installed.digest, installed.serial, installed.index_sha256)
         older = self._older_versions()
-        if not older:
-            self._state = replace(self._state, bad=(*self._state.bad, bad))
+        try:
+            if not older:
+                raise ContentError("there is no version to go back to")
+            end = self._go_back(site, older[0], hold=None, bad=(bad,))
+        except ContentError as error:
+            self._state = replace(
+                self._state, trial=None, trial_boot="", bad=(*self._state.bad, bad)
+            )
             self._folder.save(self._state)
-            raise LocalError(f"{name}: {failure}; there is no version to go back to")
-        end = self._go_back(site, older[0], hold=None, bad=(bad,))
+            raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
-    def _mirror(self, site: Site, candidate: Candidate) -> None:
-        """Refresh the backup drive; a failure there does not fail the update."""
+    def _mirror(self, site: Site, checked: Checked) -> None:
+        """Refresh the backup drive; a failure there does not fail the update.
+
+        It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
+        (and is mended now) or cannot be written.
+        """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
             return
@@ -640,21 +717,24 @@ class Cycle:
             self._state = replace(self._state, backup_absent=True)
             return
         self._state = replace(self._state, backup_absent=False)
-        mirror = Mirror(self._entry, location, self._folder)
+        mirror = Mirror(location, self._folder)
         try:
-            if not mirror.needs(installed):
+            found = mirror.survey(
+                installed,
+                self._source(Origin.BACKUP),
+                checked.demands,
+                seen=self._state.backup_seen,
+                monitor=self._monitor,
+            )
+            if found.condition is Condition.CURRENT:
+                self._state = replace(self._state, backup_seen=found.seen)
                 return
-            self._monitor.step(Step.MIRROR, installed.version)
-            with self._chunk_chain(
-                kept_index(self._folder, installed), [candidate.source]
-            ) as chunks:
-                done = mirror.refresh(
-                    installed,
-                    site.destination,
-                    chunks=chunks,
-                    published=lambda ref: candidate.source.by_hash(ref, ".mtree"),
-                    monitor=self._monitor,
-                )
+            if found.condition is Condition.DAMAGED:
+                what = f"the backup {location.index} was damaged: {found.what}"
+                self._log.error("%s", what)
+                self._failures.append(LocalError(what))
+            if found.condition is not Condition.NEWER and not self._is_behind(installed):
+                self._refresh(mirror, site, installed, checked)
         except StoppedError:
             raise
         except UpdaterError as error:
@@ -662,28 +742,48 @@ class Cycle:
             self._failures.append(error)
             if isinstance(error, TrustError):
                 now = self._outside.clock.time()
-                self._state = replace(self._state, refused=_refusal(error, self._state, now))
-        else:
-            self._log.info(
-                "refreshed the backup %s: %d chunks, %.1f MB",
-                shown(location.index),
-                done.chunks,
-                done.size / 1e6,
+                self._state = replace(self._state, refused=self._refusal(error, now))
+
+    def _is_behind(self, installed: Installed) -> bool:
+        """Whether the device itself knows of something newer: it went back, or cannot install."""
+        mark = self._state.signed_mark or self._state.unsigned_mark
+        return mark is not None and installed.serial is not None and installed.serial < mark.serial
+
+    def _refresh(self, mirror: Mirror, site: Site, installed: Installed, checked: Checked) -> None:
+        self._monitor.step(Step.MIRROR, installed.version)
+        candidate = checked.outcome.candidate
+        with self._chunk_chain(
+            kept_index(self._folder, installed), list(checked.answered)
+        ) as chunks:
+            done = mirror.refresh(
+                installed,
+                site.destination,
+                chunks=chunks,
+                published=lambda ref: candidate.source.by_hash(ref, ".mtree"),
+                monitor=self._monitor,
             )
+        self._state = replace(self._state, backup_seen=done.seen)
+        self._log.info("refreshed the backup: %d chunks, %.1f MB", done.chunks, done.size / 1e6)
 
     def _prune(self, site: Site) -> None:
-        """Remove previous versions beyond `keep`, and what the state kept of them."""
-        self._state = replace(self._state, previous=self._state.previous[: self._entry.keep])
-        self._folder.save(self._state)
+        """Remove what no state names any longer: it forgets first, so that it names no ruin.
+
+        Also what a kill has left of earlier cycles, hence after every cycle.
+        """
+        stay = self._state.previous[: self._entry.keep]
+        if stay != self._state.previous:
+            self._state = replace(self._state, previous=stay)
+            self._folder.save(self._state)
+        remove(self._spool.parent)
         self._folder.forget_versions(self._state)
-        sweep(site, {kept.folder for kept in self._state.previous})
+        sweep(site, {kept.folder for kept in self._state.previous}, self._entry.preserve)
 
     @contextlib.contextmanager
-    def _chunks(self, offer: Offer) -> Iterator[Chunks]:
+    def _chunks(self, offer: Offer, checked: Checked) -> Iterator[Chunks]:
         """The chain of sources for an offer: the backup drive is nearer than the network."""
-        sources = [offer.candidate.source]
+        sources = [source for source in checked.answered if source.location != self._entry.backup]
         backup = self._entry.backup
-        if offer.candidate.origin is Origin.SOURCE and backup is not None and present(backup):
+        if backup is not None and present(backup):
             sources.insert(0, self._source(Origin.BACKUP))
         with self._chunk_chain(offer.index, sources) as chunks:
             yield chunks
@@ -725,8 +825,8 @@ class Cycle:
             self._state,
             last_check=now,
             last_success=now,
-            last_error=None if refused is None else str(refused),
-            refused=None if refused is None else _refusal(refused, self._state, now),
+            last_error=str(refused) if refused else checked.outcome.candidate.remark or None,
+            refused=None if refused is None else self._refusal(refused, now),
         )
 
     def _failed(self, error: UpdaterError) -> CycleEnd:
@@ -738,9 +838,15 @@ class Cycle:
                 self._state = saved
             self._state = replace(self._state, last_check=now, last_error=str(error))
             if isinstance(error, TrustError):
-                self._state = replace(self._state, refused=_refusal(error, self._state, now))
+                self._state = replace(self._state, refused=self._refusal(error, now))
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
+
+    def _refusal(self, error: TrustError, now: float) -> Refusal:
+        """What `status` shows; what was refused for the same reason before keeps its time."""
+        before = self._refused_before
+        since = before.since if before is not None and before.check == error.check else now
+        return Refusal(error.check, error.expected, error.found, error.where, since)
 
     def _end(
         self,
@@ -795,6 +901,17 @@ def _outermost(paths: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
+@contextlib.contextmanager
+def _blamed(origin: Origin) -> Iterator[None]:
+    """Wrong bytes on a drive are damage, not a refusal: it is mended, and nobody lied."""
+    try:
+        yield
+    except (ContentError, MissingError) as error:
+        if origin is not Origin.BACKUP:
+            raise
+        raise LocalError(f"the backup drive is damaged: {error}") from error
+
+
 def _outcome(error: UpdaterError) -> Outcome:
     match error:
         case BusyError():
@@ -804,10 +921,3 @@ def _outcome(error: UpdaterError) -> Outcome:
         case RemoteError():
             return Outcome.UNREACHABLE
     return Outcome.FAILED
-
-
-def _refusal(error: TrustError, state: State, now: float) -> Refusal:
-    since = now
-    if state.refused is not None and state.refused.check == error.check:
-        since = state.refused.since
-    return Refusal(error.check, error.expected, error.found, error.where, since)

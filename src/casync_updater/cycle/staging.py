@@ -12,10 +12,11 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from casync_updater import syscalls
 from casync_updater.errors import LocalError
 from casync_updater.files import write_atomic
 from casync_updater.model import Apply, Entry, Identity, Installed
@@ -155,22 +156,28 @@ def identity(path: Path) -> Identity | None:
     return Identity(status.st_dev, status.st_ino)
 
 
-def sweep(site: Site, stay: Collection[str]) -> None:
+def sweep(site: Site, stay: Collection[str], preserve: Collection[str]) -> None:
     """Remove what nobody needs any more from the staging folder: all trees but the named ones.
+
+    A tree that still holds something of the device stays as well: a power cut, and a state that
+    was lost with it, must not cost the only copy.
 
     Raises:
         LocalError: something cannot be removed.
     """
     if site.staging.is_dir():
         for path in site.staging.iterdir():
-            if path != site.token_file and path.name not in stay:
+            if path == site.token_file or path.name in stay:
+                continue
+            if not any(os.path.lexists(path / kept) for kept in preserve):
                 remove(path)
 
 
 def remove(path: Path) -> None:
     """Remove a tree or a file; nothing there is fine. Never follows symbolic links.
 
-    Not recursive: an archive may be deeper than Python's stack and than a path may be long.
+    Not recursive: an archive may be deeper than Python's stack and than a path may be long. What
+    is immutable or append-only (chattr +i, +a) is made removable first.
 
     Raises:
         LocalError: something in it cannot be removed, or is mounted there; it is named.
@@ -180,8 +187,12 @@ def remove(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
             _remove_tree(path)
-        else:
-            path.unlink(missing_ok=True)
+        elif os.path.lexists(path):
+            folder = os.open(path.parent, _FOLDER)
+            try:
+                _gone(os.unlink, os.fsencode(path.name), folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise LocalError(f"{path} cannot be removed: {error.strerror}") from error
 
@@ -198,7 +209,7 @@ def _remove_tree(path: Path) -> None:
                 folder = _entered(folder, inner)
                 continue
             folder = _entered(folder, b"..")
-            os.rmdir(branch.pop(), dir_fd=folder)
+            _gone(os.rmdir, branch.pop(), folder)
             if not branch:
                 return
     finally:
@@ -226,6 +237,15 @@ def _without_files(folder: int) -> bytes | None:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     return os.fsencode(entry.name)
-                os.unlink(entry.name, dir_fd=folder)
+                _gone(os.unlink, os.fsencode(entry.name), folder)
                 found = True
     return None
+
+
+def _gone(removal: Callable[..., None], name: bytes, folder: int) -> None:
+    try:
+        removal(name, dir_fd=folder)
+    except PermissionError:
+        for node in (name, b"."):
+            syscalls.make_changeable(node, folder)
+        removal(name, dir_fd=folder)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from casync_updater.cycle.demands import Demands
 from casync_updater.cycle.staging import Site
 from casync_updater.errors import UpdaterError
 from casync_updater.formats.index import Index
@@ -25,6 +26,7 @@ class Candidate:
         digest: the archive digest; None where the source has neither release nor ``.cks``.
         index_bytes: the index, where it had to be read to know what is current.
         where: the address of what was read, for messages.
+        remark: why a signature that is there does not count; empty where there is nothing to say.
     """
 
     origin: Origin
@@ -35,6 +37,7 @@ class Candidate:
     digest: str | None
     index_bytes: bytes | None
     where: str
+    remark: str = ""
 
     @property
     def version(self) -> str:
@@ -66,10 +69,19 @@ class Newer:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The check's result, with what went wrong at sources that another stood in for."""
+    """The check's result.
+
+    Attributes:
+        outcome: what the newest valid release means for the entry.
+        demands: what the entry demands of a release now, for the backup drive.
+        failures: what went wrong at sources that another stood in for.
+        answered: the sources that have a release which counts.
+    """
 
     outcome: UpToDate | Newer
+    demands: Demands
     failures: tuple[UpdaterError, ...] = ()
+    answered: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from casync_updater.errors import ConfigError
 from casync_updater.model import Entry, OnlineSettings
 
 _PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}
-_DEFAULT_PORT = 443
 
 _T = TypeVar("_T")
 
@@ -57,11 +56,11 @@ def hosts_of(
 
     Args:
         entries: all entries; those whose source is a local path take no part.
-        settings: `hosts` as ``name``, ``name:port`` or ``[address]:port`` (443 by default).
+        settings: may name further hosts.
         environment: the process's own, for the proxies.
 
     Raises:
-        ConfigError: a host of the settings or a proxy cannot be understood.
+        ConfigError: a proxy cannot be understood.
     """
     if not settings.enabled:
         return ()
@@ -75,8 +74,7 @@ def hosts_of(
             _add(found, Host(name, (port,), (entry.name,)))
         else:
             _add(found, Host(*proxy, (entry.name,), (name,)))
-    for text in settings.hosts:
-        name, port = _host_and_port(text)
+    for name, port in settings.hosts:
         _add(found, Host(name, (port,), tuple(entry.name for entry in remote)))
     return tuple(found.values())
 
@@ -93,23 +91,6 @@ def _add(found: dict[str, Host], host: Host) -> None:
 
 def _union(one: tuple[_T, ...], other: tuple[_T, ...]) -> tuple[_T, ...]:
     return tuple(dict.fromkeys(one + other))
-
-
-def _host_and_port(text: str) -> tuple[str, int]:
-    try:
-        return str(ipaddress.ip_address(text)), _DEFAULT_PORT
-    except ValueError:
-        pass
-    try:
-        parts = urlsplit(f"//{text}")
-        if not parts.hostname or parts.netloc != text or "@" in text:
-            raise ValueError(text)
-        return parts.hostname.lower(), parts.port or _DEFAULT_PORT
-    except ValueError as error:
-        raise ConfigError(
-            f"casync-updater.conf: [online]: hosts: {text!r} is no host; "
-            "write name, name:port or [address]:port"
-        ) from error
 
 
 def _proxy(

@@ -34,6 +34,9 @@ from casync_updater.online.probe import (
 )
 from casync_updater.online.report import HostStatus
 
+_CLOCK_SET = 1.0
+"""Seconds that the wall clock has to be off before that counts as having been set."""
+
 _SUSPENDED = 1.0
 """Seconds of suspension that count as one, and not as two clocks read one after the other."""
 
@@ -107,6 +110,8 @@ class Online:
         self._say = say
         self._slept = slept
         self._slept_before = slept()
+        self._offset = 0.0
+        """What turns monotonic seconds into seconds since 1970."""
         self._watched: dict[str, _Watched] = {}
         self._leaving: list[RunningProbe] = []
         self._came: list[CameOnline] = []
@@ -167,8 +172,18 @@ class Online:
         came, self._came = tuple(self._came), []
         return came
 
+    def doubt(self, entry: str) -> None:
+        """Look at once whether an entry's hosts still are there: a cycle could not use one."""
+        now = self._clock.monotonic()
+        for watched in self._watched.values():
+            if entry in watched.host.entries and watched.state.phase is Phase.ONLINE:
+                self._step(watched, Event.CHANGED, now)
+
     def report(self) -> tuple[HostStatus, ...]:
-        """Every host as it is believed to be now."""
+        """Every host as it is believed to be now; the same as long as nothing happens."""
+        offset = self._clock.time() - self._clock.monotonic()
+        if abs(offset - self._offset) > _CLOCK_SET:
+            self._offset = offset
         return tuple(self._status(watched) for watched in self._watched.values())
 
     def close(self) -> None:
@@ -293,8 +308,6 @@ class Online:
 
     def _status(self, watched: _Watched) -> HostStatus:
         host = watched.host
-        # By way of the age: the wall clock may have been set right since.
-        age = self._clock.monotonic() - watched.since
         return HostStatus(
             name=host.name,
             ports=host.ports,
@@ -302,7 +315,7 @@ class Online:
             proxy_for=host.proxy_for,
             state=watched.state.phase,
             finding=watched.finding,
-            since=self._clock.time() - age,
+            since=watched.since + self._offset,
             method=watched.method,
             round_trip=watched.round_trip,
             address=watched.address,

@@ -1,5 +1,7 @@
 """What `status` and `online` show of the detector."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +57,21 @@ class HostStatus:
             "interface": self.interface,
             "icmp": self.icmp,
         }
+
+
+def line(host: Mapping[str, Any]) -> str:
+    """A host's status for people, from the form that `HostStatus.as_json` gives."""
+    name = host["name"]
+    if host["proxyFor"]:
+        name += f" (proxy for {', '.join(host['proxyFor'])})"
+    begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(host["since"]))
+    parts = [f"host {name}: {host['state']} since {begin}"]
+    if host["state"] == Phase.ONLINE:
+        parts.append(f"{host['method']} {1000 * (host['roundTrip'] or 0):.1f} ms")
+        parts.append(f"{host['address']} by {host['interface']}")
+    else:
+        parts.append(host["finding"] or "no answer yet")
+    if host["icmp"] not in (None, Icmp.RAW):
+        parts.append(f"ICMP: {host['icmp']}")
+    parts.append(f"for {', '.join(host['entries'])}")
+    return ", ".join(parts)

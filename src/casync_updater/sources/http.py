@@ -161,6 +161,10 @@ class _TryAgainError(Exception):
         self.wait = wait
 
 
+class _NobodyThereError(_TryAgainError):
+    """There was no connection to be had."""
+
+
 class _Flight:
     """A request that waits for its answer."""
 
@@ -315,6 +319,7 @@ class HttpSource:
         self._logins = _logins(settings)
         self._origins: dict[str, _Origin] = {}
         self._lock = threading.Lock()
+        self._answered = False
         self._received = 0
         self._layouts = (SUFFIX, "")
 
@@ -383,7 +388,12 @@ class HttpSource:
         return Document(response.body, _validators(response), str(url))
 
     def _get(self, url: _Url, limit: int, conditions: Mapping[str, str]) -> _Response:
-        """An answer with status 200, or 304 where conditions were given."""
+        """An answer with status 200, or 304 where conditions were given.
+
+        A server that is not there at the first request is not waited for: whoever asked goes on
+        with the next source at once, and comes again when the network does. One that answered
+        before is asked again, since most of an update may already be here.
+        """
         generation = self._watch.generation
         attempt = 0
         while True:
@@ -392,7 +402,8 @@ class HttpSource:
             except _TryAgainError as error:
                 if self._watch.aborted(generation):
                     raise RemoteError(f"{url}: the request was ended") from error
-                if attempt >= self._settings.retries:
+                hopeless = isinstance(error, _NobodyThereError) and not self._answered
+                if hopeless or attempt >= self._settings.retries:
                     tried = f" ({attempt + 1} attempts)" if attempt else ""
                     raise RemoteError(f"{error}{tried}") from error.__cause__
                 wait = backoff(attempt, error.wait, self._settings.retry_max_wait, _CHANCE.random())
@@ -433,6 +444,7 @@ class HttpSource:
                     preload_content=False,
                     decode_content=False,
                 )
+                self._answered = True
                 with contextlib.closing(_Answer(answer)) as whole:
                     response = whole.read(url, limit, self._count)
             except _TryAgainError as error:
@@ -461,15 +473,17 @@ class HttpSource:
         if certificate is not None:
             return RemoteError(
                 f"{url}: the server's certificate is not accepted: {certificate.verify_message}"
-                " (is this machine's clock right, and is ca_bundle in [fetch] the right one?)"
+                " (is this machine's clock right, is ca_bundle in [fetch] the right one, is it"
+                " behind a captive portal?)"
             )
         if isinstance(error, kinds.ProxyError):
-            how = f"the proxy failed: {_reason(error)}"
-        elif isinstance(error, kinds.NewConnectionError):
-            how = f"cannot be reached: {_reason(error)}"
-        elif isinstance(error, kinds.ConnectTimeoutError):
+            return _NobodyThereError(f"{url}: the proxy failed: {_reason(error)}")
+        if isinstance(error, kinds.NewConnectionError):
+            return _NobodyThereError(f"{url}: cannot be reached: {_reason(error)}")
+        if isinstance(error, kinds.ConnectTimeoutError):
             how = f"no connection within {settings.connect_timeout:g} seconds"
-        elif isinstance(error, kinds.TimeoutError | TimeoutError):
+            return _NobodyThereError(f"{url}: {how}")
+        if isinstance(error, kinds.TimeoutError | TimeoutError):
             how = f"the server sent nothing for {settings.read_timeout:g} seconds"
         else:
             how = f"the connection broke: {_reason(error)}"
@@ -491,7 +505,7 @@ class HttpSource:
         if status == 407:
             raise RemoteError(f"{said}: the proxy wants credentials, give them in its URL")
         if status == 511:
-            raise PortalError(f"{said}: the network wants a login first")
+            raise PortalError(f"{said}, the network wants a login first: behind a captive portal?")
         if status in _AGAIN or status >= 500:
             raise _TryAgainError(said, _retry_after(response.headers, self._clock))
         raise RemoteError(said)
@@ -639,8 +653,7 @@ def _is_html(headers: Mapping[str, str]) -> bool:
 
 def _portal(url: _Url) -> PortalError:
     return PortalError(
-        f"{url}: an HTML page came in place of what was asked for"
-        " (a captive portal, or the page of an error)"
+        f"{url}: an HTML page came in place of what was asked for: behind a captive portal?"
     )
 
 

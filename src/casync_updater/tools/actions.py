@@ -125,8 +125,8 @@ class ActionRunner(Protocol):
         result first.
         """
 
-    def forget(self, handle: Handle) -> None:
-        """Remove what was kept of an action that has ended."""
+    def forget(self, action_id: str) -> None:
+        """Remove what was kept of an action that has ended; also what a kill left of that."""
 
 
 def action_id(entry: str, *parts: str) -> str:
@@ -222,10 +222,10 @@ class ProcessRunner:
             saved = _saved(folder, seconds)
         return saved or ActionResult(seconds=seconds)
 
-    def forget(self, handle: Handle) -> None:
+    def forget(self, action_id: str) -> None:
         """See `ActionRunner.forget`."""
-        self._own.pop(handle.id, None)
-        shutil.rmtree(self._root / handle.id, ignore_errors=True)
+        self._own.pop(action_id, None)
+        shutil.rmtree(self._root / action_id, ignore_errors=True)
 
     def _end_group(self, folder: Path, own: "_Own | None") -> None:
         group = int((folder / "pid").read_text())
@@ -318,9 +318,9 @@ class UnitRunner:
         seconds = _seconds(handle, self._clock)
         return _saved(folder, seconds) or ActionResult(seconds=seconds)
 
-    def forget(self, handle: Handle) -> None:
+    def forget(self, action_id: str) -> None:
         """See `ActionRunner.forget`."""
-        shutil.rmtree(self._root / handle.id, ignore_errors=True)
+        shutil.rmtree(self._root / action_id, ignore_errors=True)
         self._sweep()
 
     def _wait_for(self, pid: int, seconds: float) -> bool:

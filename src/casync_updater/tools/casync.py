@@ -9,6 +9,7 @@ casync never syncs what it writes; that is left to the callers.
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ def extract(
     hardlink: bool = False,
     reflink: bool = True,
     keep_fds: Sequence[int] = (),
+    temporary: Path | None = None,
     activity: Callable[[], object] | None = None,
 ) -> None:
     """Make a directory, file or block device equal to an index.
@@ -109,6 +111,8 @@ def extract(
         hardlink: link equal files of the seeds instead of copying them.
         reflink: share equal extents with the seeds where the file system can.
         keep_fds: descriptors that casync holds open (a lock that shall live as long).
+        temporary: where casync puts what it finds in the seeds; it leaves that there when it is
+            killed. None for the system's folder for temporary files.
         activity: asked twice a second; a value that changes while casync gets on.
     """
     argv = [
@@ -122,7 +126,8 @@ def extract(
         _absolute(index),
         _absolute(destination),
     ]
-    process.run(argv, stall=STALL, activity=activity, keep_fds=keep_fds)
+    env = None if temporary is None else {**os.environ, "TMPDIR": _absolute(temporary)}
+    process.run(argv, stall=STALL, activity=activity, keep_fds=keep_fds, env=env)
 
 
 @contextlib.contextmanager

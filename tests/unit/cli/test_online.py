@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from casync_updater.cli.online import add_parser, run
+from casync_updater.cli.online import add_parser, show
 from casync_updater.clock import SystemClock
 from casync_updater.errors import ConfigError
 from casync_updater.model import Entry, Location, OnlineSettings
@@ -17,19 +17,20 @@ def command(
     *options: str,
     settings: OnlineSettings | None = None,
     since: dict[str, tuple[str, float]] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     entry = Entry("www", "www", 60.0, Location(index, index), None, Path("/srv/www"))
     out = io.StringIO()
-    code = run(
+    code = show(
         parser.parse_args(["online", *options]),
         [entry],
         settings or OnlineSettings(method="tcp"),
         out,
         clock=SystemClock(),
         since=since or {},
-        environment={},
+        environment=environment or {},
     )
     return code, out.getvalue()
 
@@ -81,6 +82,6 @@ def test_nothing_to_watch_is_said(index: str, settings: OnlineSettings, words: s
     assert words in text
 
 
-def test_a_bad_setting_is_an_error() -> None:
+def test_a_bad_proxy_is_an_error() -> None:
     with pytest.raises(ConfigError):
-        command("http://127.0.0.1/w.caidx", settings=OnlineSettings(hosts=("a b:c",)))
+        command("http://127.0.0.1/w.caidx", environment={"http_proxy": "http://p:port"})

@@ -73,7 +73,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
         f"""
         [online]
         enabled = no  # for now
-        hosts = update.example, 192.0.2.1:8080, "[2001:db8::1]:443", 2001:db8::2
+        hosts = Update.example, 192.0.2.1:8080, "[2001:db8::1]:80", 2001:db8::2, fe80::1%eth0
         method = tcp
         interval_online = 0.5
         min_age = 0
@@ -90,10 +90,11 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
     assert (problems, warnings) == ((), ())
     assert settings.online.enabled is False
     assert settings.online.hosts == (
-        "update.example",
-        "192.0.2.1:8080",
-        "[2001:db8::1]:443",
-        "2001:db8::2",
+        ("update.example", 443),
+        ("192.0.2.1", 8080),
+        ("2001:db8::1", 80),
+        ("2001:db8::2", 443),
+        ("fe80::1%eth0", 443),
     )
     assert (settings.online.interval_online, settings.online.splay) == (0.5, 0.0)
     assert (settings.fetch.connections, settings.fetch.ca_bundle) == (2, certificates)
@@ -102,7 +103,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
 
 def test_a_single_host_is_a_list_of_one(tmp_path: Path) -> None:
     file = written(tmp_path, "[online]\nhosts = update.example\n")
-    assert load_settings(file).settings.online.hosts == ("update.example",)
+    assert load_settings(file).settings.online.hosts == (("update.example", 443),)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,13 @@ def test_a_single_host_is_a_list_of_one(tmp_path: Path) -> None:
         ("online", "enabled = yes, no", "is a list"),
         ("online", "hosts = http://update.example/", "no URLs"),
         ("online", "hosts = a b", "no URLs"),
+        ("online", "hosts = a:b", "no URLs"),
+        ("online", "hosts = a:70000", "no URLs"),
+        ("online", "hosts = a:0", "no URLs"),
+        ("online", "hosts = :80", "no URLs"),
+        ("online", "hosts = me@host", "no URLs"),
+        ("online", "hosts = [fd00::1", "no URLs"),
+        ("online", "hosts = [name]:80", "no URLs"),
         ("online", "method = ping", "auto or icmp or tcp"),
         ("online", "method = auto, tcp", "auto or icmp or tcp"),
         ("online", "interval_offline = 0", "from 0.01"),

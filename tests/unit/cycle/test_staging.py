@@ -155,17 +155,23 @@ def test_a_tree_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", str(tree)], check=True)
 
 
-def test_what_cannot_be_removed_is_named(tmp_path: Path) -> None:
+def test_immutable_files_are_removed_too(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    tree.mkdir()
-    (tree / "file").write_bytes(b"")
-    if subprocess.run(["chattr", "+i", str(tree / "file")], check=False).returncode:
-        pytest.skip("no immutable files here")
+    (tree / "folder").mkdir(parents=True)
+    (tree / "folder" / "file").write_bytes(b"")
+    for path in (tree / "folder" / "file", tree / "folder"):
+        if subprocess.run(["chattr", "+i", str(path)], check=False).returncode:
+            pytest.skip("no immutable files here")
     try:
-        with pytest.raises(LocalError, match=r"tree cannot be removed: Operation not permitted"):
-            remove(tree)
+        remove(tree)
+        assert not tree.exists()
     finally:
-        subprocess.run(["chattr", "-i", str(tree / "file")], check=True)
+        subprocess.run(["chattr", "-R", "-i", str(tmp_path)], check=True)
+
+
+def test_what_cannot_be_removed_is_named() -> None:
+    with pytest.raises(LocalError, match=r"^/proc/self/comm cannot be removed: "):
+        remove(Path("/proc/self/comm"))
 
 
 def test_the_staging_folder_is_nobody_else_s(tmp_path: Path) -> None:

@@ -179,9 +179,23 @@ class TestRetries:
         assert isinstance(caught.value, MissingError) == (status in (404, 410))
         assert ("credentials" in str(caught.value)) == (status in (401, 403))
 
-    def test_nobody_listens(self, server: WebServer, source: Source) -> None:
+    def test_nobody_listens(self, server: WebServer) -> None:
         server.close()
-        with pytest.raises(RemoteError, match="cannot be reached: Connection refused"):
+        begin = time.monotonic()
+        patient = replace(QUICK, retry_max_wait=5.0, retries=10)
+        with (
+            closing(opened(server.url, patient)) as source,
+            pytest.raises(RemoteError, match=r"cannot be reached: Connection refused$"),
+        ):
+            document(source)
+        assert time.monotonic() - begin < 0.5, "whoever asked comes again, nobody waits here"
+
+    def test_one_that_answered_before_is_waited_for(
+        self, server: WebServer, source: Source
+    ) -> None:
+        document(source)
+        server.close()
+        with pytest.raises(RemoteError, match=r"Connection refused \(3 attempts\)"):
             document(source)
 
     def test_no_such_host(self) -> None:

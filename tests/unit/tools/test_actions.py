@@ -165,7 +165,7 @@ def test_a_restarted_updater_collects_what_the_last_one_began(bench: Bench) -> N
     assert result is not None
     assert result.code == 7
     assert again.collect(handle) is not None
-    again.forget(handle)
+    again.forget(handle.id)
     assert again.find("e-1") is None
     assert not (bench.root / "e-1").exists()
 

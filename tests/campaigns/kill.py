@@ -1,0 +1,244 @@
+"""SIGKILL: at every step by name, and at random instants, over updates in a row.
+
+    python3 tests/campaigns/kill.py --seed 1 --count 2000
+
+Without systemd, so that the actions are processes of their own; the boot stays the same, which
+makes every action run exactly once, however often the updater is killed.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from campaigns.world import BrokenPromiseError, World, demand, report, workplace
+
+_KILLED = -signal.SIGKILL
+
+
+class Story:
+    """One appliance through update after update; each may be disturbed, and is then completed."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.current: str | None = None
+        self.preserved = False
+        self.kills_of_update = 0
+
+    def begin(self) -> None:
+        """The first version, undisturbed."""
+        self.update(lambda *_, **__: 0)
+        if not self.world.in_place:
+            self.world.preserve()
+            self.preserved = True
+
+    def update(self, disturb: Callable[..., int], *, bad: bool = False) -> None:
+        """Publish a version, let the update be disturbed, complete it, and look at everything.
+
+        `disturb` runs the command that it is given, and gives the number of kills.
+        """
+        world, old = self.world, self.current
+        new = world.publish(bad=bad).name
+        final = world.promise_update(old, new)
+        world.fetched()
+        kills = disturb("update", check=lambda: self._instant(old, new))
+        self._instant(old, new)
+        for attempt in range(3):
+            code, said = world.run("update")
+            failed = bad and old is not None and attempt == 0
+            if code == 0 or (failed and code == 1):
+                break
+        demand(code == 0 or failed, f"update: exit code {code}: {said}")
+        self.current = final
+        # A second cycle: what the first one learnt stays so, and nothing runs again.
+        code, said = world.run("update")
+        demand(code == 0, f"second update: exit code {code}: {said}")
+        world.check_fetched(old, new, kills)
+        self._quiet(final)
+        if world.drive and final == new:
+            world.check_drive(final)
+
+    def rollback(self, disturb: Callable[..., int]) -> None:
+        """Back to the version before by hand, and forward again."""
+        world, new = self.world, self.current
+        assert new is not None
+        (kept,) = world.state["previous"]
+        old = kept["installed"]["version"]
+        world.promise(new, old)
+        disturb("rollback", "tree", check=lambda: self._instant(old, new))
+        code, said = world.run("recover")
+        demand(code == 0, f"recover: {code}: {said}")
+        if world.state["installed"]["version"] == new:
+            code, said = world.run("rollback", "tree")
+            demand(code == 0, f"rollback: exit code {code}: {said}")
+        code, said = world.run("update")
+        demand(code == 0, f"update of a held entry: exit code {code}: {said}")
+        demand(world.state["held"], "a rollback does not hold the entry")
+        self._quiet(old)
+        code, said = world.run("resume", "tree")
+        demand(code == 0, f"resume: exit code {code}: {said}")
+        world.promise_update(old, new)
+        code, said = world.run("update")
+        demand(code == 0, f"update after resume: exit code {code}: {said}")
+        self._quiet(new)
+
+    def _instant(self, *allowed: str | None) -> None:
+        self.world.check_instant(*allowed, preserved=self.preserved)
+
+    def _quiet(self, version: str) -> None:
+        self.world.check_quiet(version, preserved=self.preserved)
+
+
+def at_step(world: World, name: str, at: int, when: str) -> Callable[..., int]:
+    """Kills at one step."""
+
+    def disturb(*arguments: str, check: Callable[[], None]) -> int:
+        killer = ("--kill", name, "--at", str(at), "--when", when)
+        code, _ = world.run(*arguments, killer=killer)
+        check()
+        return int(code == _KILLED)
+
+    return disturb
+
+
+def at_random(world: World, most: int) -> Callable[..., int]:
+    """Kills several times, each time at another instant."""
+
+    def disturb(*arguments: str, check: Callable[[], None]) -> int:
+        kills = 0
+        for _ in range(world.rng.randint(1, most)):
+            process = world.start(*arguments)
+            # The interpreter alone takes a quarter of a second; few kills should be wasted on it.
+            time.sleep(world.rng.uniform(0.2, 1.3))
+            process.kill()
+            process.communicate()
+            kills += process.returncode == _KILLED
+            check()
+            if process.returncode != _KILLED:
+                break
+        world.kills += kills
+        return kills
+
+    return disturb
+
+
+def traced(world: World, file: Path) -> Callable[..., int]:
+    """Disturbs nothing, and writes down the steps."""
+
+    def disturb(*arguments: str, check: Callable[[], None]) -> int:
+        code, said = world.run(*arguments, killer=("--trace", str(file)))
+        demand(code in (0, 1), f"{arguments}: {code}: {said}")
+        check()
+        return 0
+
+    return disturb
+
+
+SCENARIOS = ("update", "bad", "rollback", "in-place")
+
+
+def play(story: Story, scenario: str, disturb: Callable[..., int]) -> None:
+    if scenario == "rollback":
+        story.rollback(disturb)
+    else:
+        story.update(disturb, bad=scenario == "bad")
+
+
+def by_name(folder: Path, rng: random.Random, scenario: str, share: float) -> Iterator[str]:
+    """Kill at each step of a scenario, before and after it; gives each point as it was survived.
+
+    A step that is taken many times is killed at its first, its last and one other time. `share`
+    of the points are taken.
+    """
+    folder.mkdir()
+    with World(folder, rng, in_place=scenario == "in-place") as world:
+        story = Story(world)
+        story.begin()
+        if scenario == "rollback":
+            story.update(lambda *_, **__: 0)
+        trace = folder / "trace"
+        play(story, scenario, traced(world, trace))
+        points = []
+        for name, count in Counter(trace.read_text().split()).items():
+            for at in sorted({0, count - 1, rng.randrange(count)}):
+                points += [(name, at, "before"), (name, at, "after")]
+        for name, at, when in points:
+            if rng.random() >= share:
+                continue
+            before = world.kills
+            try:
+                play(story, scenario, at_step(world, name, at, when))
+            except BrokenPromiseError as error:
+                raise BrokenPromiseError(f"{scenario}: {name} #{at} {when}: {error}") from error
+            hit = "" if world.kills > before else " (not reached)"
+            yield f"{scenario}: {when} {name} #{at}{hit}"
+
+
+def randomly(folder: Path, rng: random.Random, count: int) -> int:
+    """Kill at so many random instants; gives the number of updates."""
+    folder.mkdir()
+    updates = 0
+    with World(folder, rng) as world:
+        story = Story(world)
+        story.begin()
+        story.update(lambda *_, **__: 0)
+        while world.kills < count:
+            scenario = rng.choices(SCENARIOS[:3], (6, 2, 2))[0]
+            before = world.kills
+            if scenario == "rollback" and not world.state["previous"]:
+                scenario = "update"
+            try:
+                play(story, scenario, at_random(world, 6))
+            except BrokenPromiseError as error:
+                raise BrokenPromiseError(f"{scenario}, kill {before}: {error}") from error
+            updates += 1
+            _forget_old_versions(world)
+    return updates
+
+
+def _forget_old_versions(world: World) -> None:
+    """Keep the campaign's own memory, disk and log short."""
+    for name in list(world.versions)[:-6]:
+        if name != world.state["installed"]["version"]:
+            world.versions[name].tree.clear()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=200, help="kills at random instants")
+    parser.add_argument("--share", type=float, default=1.0, help="of the named points")
+    parser.add_argument("--only", choices=SCENARIOS, action="append")
+    parser.add_argument("--keep", action="store_true", help="leave the folder of a failure")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    folder = workplace()
+    begin = time.monotonic()
+    failed = True
+    try:
+        for scenario in options.only or SCENARIOS:
+            survived = 0
+            for line in by_name(folder / scenario, rng, scenario, options.share):
+                report(line)
+                survived += "not reached" not in line
+            report(f"{scenario}: survived {survived} kills at named steps")
+        if options.count:
+            updates = randomly(folder / "random", rng, options.count)
+            report(f"survived {options.count} kills at random instants in {updates} updates")
+        failed = False
+    finally:
+        if failed and options.keep:
+            report(f"what is left: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,398 @@
+"""A publisher, an appliance and a drive that live through a campaign, and what must hold of them.
+
+Two kinds of checks. `check_instant` may be called at any moment at which no updater runs: after
+a kill, after a power cut. `check_quiet` holds after a command that was not disturbed: then
+everything that was promised has happened, and nothing is left over.
+"""
+
+import hashlib
+import json
+import random
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from casync_updater.formats import index as index_format
+from casync_updater.release import parse_release
+from casync_updater.trust import unwrap
+from support.client import Appliance, Site, digest_of, environment
+from support.webserver import WebServer
+
+KILLER = Path(__file__).with_name("killer.py")
+PRESERVED = ("var/data", "local.conf")
+CONNECTIONS = 2
+WINDOW = 4 * CONNECTIONS
+"""Chunks that may have been fetched and not yet kept when the client is killed."""
+
+Print = dict[str, tuple[str, int, str]]
+"""A tree: type, mode and content of every path."""
+
+
+class BrokenPromiseError(AssertionError):
+    """Something that must always hold does not."""
+
+
+def demand(condition: object, what: str) -> None:
+    if not condition:
+        raise BrokenPromiseError(what)
+
+
+def fingerprint(root: Path, leave_out: tuple[str, ...] = ()) -> Print:
+    """What is in a tree; preserved paths, and folders that only hold them, are left out."""
+    found: Print = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if any(
+            name == kept or name.startswith(kept + "/") or kept.startswith(name + "/")
+            for kept in leave_out
+        ):
+            continue
+        status = path.lstat()
+        kind = stat.filemode(status.st_mode)[0]
+        content = ""
+        if kind == "l":
+            content = str(path.readlink())
+        elif kind == "-":
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        mode = 0 if kind == "l" else stat.S_IMODE(status.st_mode)
+        found[name] = (kind, mode, content)
+    return found
+
+
+@dataclass
+class Version:
+    """What was published."""
+
+    name: str
+    tree: Print
+    bad: bool
+    tool: str
+    chunks: dict[str, int]
+    """Chunk ids of its index, with the sizes of their files in the store."""
+
+
+@dataclass
+class World:
+    """Everything that a campaign plays with, below one folder."""
+
+    folder: Path
+    rng: random.Random
+    drive: bool = True
+    health: bool = True
+    in_place: bool = False
+    device: Path | None = None
+    """Where the appliance lives, a mounted file system say."""
+    versions: dict[str, Version] = field(default_factory=dict)
+    expected: list[str] = field(default_factory=list)
+    """The lines that the actions must have written."""
+    kills: int = 0
+
+    def __post_init__(self) -> None:
+        self.site = Site(self.folder / "publisher", version="0")
+        self.server = WebServer(self.site.root)
+        self.temporary = self.folder / "tmp"
+        self.temporary.mkdir()
+        home = self.device or self.folder / "appliance"
+        home.mkdir(exist_ok=True)
+        keys: dict[str, Any] = {}
+        self.usb = home / "usb"
+        if self.drive:
+            self.usb.mkdir(exist_ok=True)
+            keys["backupIndex"] = str(self.usb / "backup.caidx")
+            keys["backupStore"] = str(self.usb / "backup.castr")
+        if self.in_place:
+            keys["apply"] = "in-place"
+        else:
+            keys["preserve"] = list(PRESERVED)
+        self.appliance = Appliance(home, self.server.url, **keys)
+        self.appliance.settings(
+            f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 5\n"
+        )
+        self.appliance.environment["TMPDIR"] = str(self.temporary)
+        log = shlex.quote(str(self.appliance.journal))
+        told = '"$CASYNC_UPDATER_OLD_VERSION>$CASYNC_UPDATER_NEW_VERSION '
+        if self.in_place:
+            told = '">$CASYNC_UPDATER_NEW_VERSION '
+        for path in (".", "etc", "bin"):
+            self.appliance.trigger(
+                path, f'test -s "$CASYNC_UPDATER_CHANGES" && echo {told}{path}" >> {log}'
+            )
+        if self.health and not self.in_place:
+            bad = shlex.quote(str(self.appliance.destination / "bad"))
+            self.appliance.entry["healthCheck"] = [f"echo health >> {log}; test ! -e {bad}"]
+
+    def __enter__(self) -> "World":
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.close()
+
+    # What happens
+
+    def publish(self, *, bad: bool = False) -> Version:
+        """A new version: some of it changes, most of it stays."""
+        rng = self.rng
+        site, number = self.site, len(self.versions) + 1
+        if number == 1:
+            site.write("share/constant", rng.randbytes(300_000))
+            for name in range(12):
+                site.write(f"share/small/{name}", rng.randbytes(rng.randrange(1, 4000)))
+            (site.source / "share" / "link").symlink_to("constant")
+        site.write("etc/version", f"{number}\n")
+        site.write(f"share/small/{rng.randrange(12)}", rng.randbytes(rng.randrange(1, 4000)))
+        site.write("share/changing", rng.randbytes(250_000))
+        if number % 2:
+            site.write("bin/tool", f"#!/bin/sh\necho {number}\n", 0o755)
+        (site.source / "bad").unlink(missing_ok=True)
+        if bad:
+            site.write("bad", "this version does not work\n")
+        if number % 3 == 0:
+            shutil.rmtree(site.source / "extra", ignore_errors=True)
+        else:
+            site.write(f"extra/{number}", "x")
+        name = f"{number}.0"
+        site.publish(version=name)
+        index = index_format.parse(site.index.read_bytes(), str(site.index))
+        sizes = {}
+        for ref in index:
+            file = site.store / ref.hex[:4] / f"{ref.hex}.cacnk"
+            sizes[ref.hex] = file.stat().st_size
+        tool = (site.source / "bin" / "tool").read_text()
+        version = Version(name, fingerprint(site.source), bad, tool, sizes)
+        self.versions[name] = version
+        return version
+
+    def preserve(self) -> None:
+        """The device's own data, written after the first install."""
+        tree = self.appliance.destination
+        (tree / "var" / "data").mkdir(parents=True, exist_ok=True)
+        (tree / "var" / "data" / "file").write_text("the device's own")
+        (tree / "local.conf").write_text("the device's own too")
+
+    def command(self, *arguments: str, killer: tuple[str, ...] = ()) -> list[str]:
+        argv = [str(argument) for argument in self.appliance.command(*arguments)]
+        if not killer:
+            return argv
+        assert argv[1:3] == ["-m", "casync_updater"]
+        return [argv[0], str(KILLER), *killer, "--", *argv[3:]]
+
+    def start(self, *arguments: str, killer: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command(*arguments, killer=killer),
+            env=environment(self.appliance.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, killer: tuple[str, ...] = ()) -> tuple[int, str]:
+        """A command to its end, or until it kills itself: exit code and everything it said."""
+        process = self.start(*arguments, killer=killer)
+        try:
+            out, error = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise BrokenPromiseError(f"{arguments} hangs") from None
+        self.kills += process.returncode == -signal.SIGKILL
+        return process.returncode, (out + error).decode(errors="replace")
+
+    def promise(self, old: str | None, new: str) -> None:
+        """An update from one version to another was published: these actions have to run."""
+        before = self.versions[old] if old is not None else None
+        after = self.versions[new]
+        start = "" if self.in_place or old is None else old
+        paths = [".", "etc"]
+        if before is None or before.tool != after.tool:
+            paths.append("bin")
+        self.expected += [f"{start}>{new} {path}" for path in paths]
+
+    def promise_update(self, old: str | None, new: str) -> str:
+        """All that an update brings with it, health check and rollback; gives what stays."""
+        self.promise(old, new)
+        if not self.health or self.in_place:
+            return new
+        self.expected.append("health")
+        if not self.versions[new].bad or old is None:
+            return new
+        self.promise(new, old)
+        return old
+
+    # What must hold
+
+    @property
+    def state(self) -> dict[str, Any]:
+        file = self.appliance.state_dir / self.appliance.name / "state.json"
+        if not file.exists():
+            return {}
+        try:
+            state: dict[str, Any] = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise BrokenPromiseError(f"{file} is no JSON: {error}") from error
+        return state
+
+    def version_of(self, tree: Path) -> str | None:
+        """The version that a tree is, exactly."""
+        leave_out = () if self.in_place else PRESERVED
+        found = fingerprint(tree, leave_out)
+        return next((v.name for v in self.versions.values() if v.tree == found), None)
+
+    def check_instant(self, *allowed: str | None, preserved: bool = False) -> str | None:
+        """What holds at every moment; gives the version in the destination."""
+        tree = self.appliance.destination
+        state = self.state
+        journal = state.get("journal") or {}
+        present = None
+        if tree.exists() and journal.get("intent") != "in-place":
+            present = self.version_of(tree)
+            demand(present, f"{tree} is no version that was published")
+        if not self.in_place or not journal:
+            demand(present in allowed, f"{present} is in the destination, not one of {allowed}")
+        if preserved and not self.in_place:
+            self._check_preserved(moving=bool(journal))
+        if not journal:
+            for kept in state.get("previous", ()):
+                folder = self.appliance.staging / kept["folder"]
+                demand(folder.is_dir(), f"{folder} is in the state, and not there")
+                found = self.version_of(folder)
+                wanted = kept["installed"]["version"]
+                demand(found == wanted, f"{folder} is {found}, not {wanted}")
+        if self.drive:
+            self._check_drive_chunks()
+        return present
+
+    def _check_preserved(self, *, moving: bool) -> None:
+        tree, staging = self.appliance.destination, self.appliance.staging
+        places = [tree, *(staging.iterdir() if staging.is_dir() else ())]
+        for name, content in (
+            ("var/data/file", "the device's own"),
+            ("local.conf", "the device's own too"),
+        ):
+            holders = [place for place in places if (place / name).exists()]
+            demand(len(holders) == 1, f"preserved {name} is in {holders}")
+            demand((holders[0] / name).read_text() == content, f"preserved {name} was changed")
+            demand(moving or holders == [tree], f"preserved {name} is not in the destination")
+
+    def _check_drive_chunks(self) -> None:
+        """Nothing under a chunk's name that is not the chunk."""
+        for file in (self.usb / "backup.castr").glob("*/*.cacnk"):
+            if file.name.startswith(".#"):
+                continue
+            good = file.stem == _chunk_id(file.read_bytes())
+            demand(good, f"{file} is not the chunk that its name says")
+
+    def check_quiet(self, version: str, *, preserved: bool = False, keep: int = 1) -> None:
+        """What holds after a command that came to its end."""
+        self.check_instant(version, preserved=preserved)
+        if self.in_place:
+            found = digest_of(self.appliance.destination, self.site)
+            latest = list(self.versions)[-1] == version
+            demand(not latest or found == self.site.release().digest, "casync: another digest")
+        state = self.state
+        installed = state["installed"]
+        demand(installed["version"] == version, f"the state says {installed['version']}")
+        for key in ("journal", "trial"):
+            demand(state.get(key) is None, f"the state still has a {key}: {state.get(key)}")
+        demand(not state.get("pending"), f"still pending: {state.get('pending')}")
+        self.check_log()
+        self._check_leftovers(state, keep)
+
+    def check_log(self) -> None:
+        """Each action once. A health check that was cut off after its end may run again."""
+        written = self.appliance.log()
+        log = [
+            line
+            for number, line in enumerate(written)
+            if line != "health" or written[number - 1 : number] != ["health"]
+        ]
+        demand(
+            log == self.expected,
+            f"the actions wrote\n  {log[-12:]}\nand should have written\n  {self.expected[-12:]}",
+        )
+
+    def _check_leftovers(self, state: dict[str, Any], keep: int) -> None:
+        device = self.appliance
+        kept = [one["folder"] for one in state.get("previous", ())]
+        demand(len(kept) <= keep, f"{len(kept)} previous versions are kept")
+        _demand_names(device.staging, {"token", *kept}, allow_missing=self.in_place)
+        entry = device.state_dir / device.name
+        _demand_names(entry, {"state.json", "lock", "versions", "actions"})
+        _demand_names(entry / "actions", set())
+        _demand_names(device.state_dir / "actions", set(), allow_missing=True)
+        hashes = {state["installed"]["index_sha256"]}
+        hashes |= {one["installed"]["index_sha256"] for one in state.get("previous", ())}
+        found = {file.name.partition(".")[0] for file in (entry / "versions").iterdir()}
+        demand(found <= hashes, f"left over in {entry / 'versions'}: {found - hashes}")
+        cache = device.state_dir / "cache"
+        left = list(cache.rglob("*")) if cache.exists() else []
+        demand(left in ([], [cache / device.name]), f"left over in the cache: {left[:5]}")
+        left = list(self.temporary.iterdir())
+        demand(not left, f"left over in the folder for temporary files: {left}")
+
+    def check_drive(self, version: str) -> None:
+        """The drive holds a complete version, and no half-written files."""
+        index = self.usb / "backup.caidx"
+        text = (self.usb / "backup.caidx.release").read_bytes()
+        release = parse_release(unwrap(text), str(self.usb))
+        demand(release.version == version, f"the drive has {release.version}, not {version}")
+        digest = hashlib.sha256(index.read_bytes()).hexdigest()
+        demand(digest == release.index.sha256, "the drive's index is not its release's")
+        for ref in index_format.parse(index.read_bytes(), str(index)):
+            file = self.usb / "backup.castr" / ref.hex[:4] / f"{ref.hex}.cacnk"
+            demand(file.exists(), f"the drive lacks {ref.hex}")
+        strays = [path for path in self.usb.rglob(".*") if path.is_file()]
+        demand(not strays, f"left over on the drive: {strays}")
+
+    def fetched(self) -> int:
+        """Bytes of chunks that were fetched since the last call."""
+        requests = [one for one in self.server.requests if one.path.endswith(".cacnk")]
+        self.server.requests.clear()
+        return sum(one.sent for one in requests)
+
+    def check_fetched(self, old: str | None, new: str, kills: int) -> None:
+        """At most what the update needs, and what was in flight at each kill.
+
+        Where a tree holds preserved paths, the mirror cannot cut it into the archive's chunks,
+        and fetches them for the drive once more.
+        """
+        have = self.versions[old].chunks if old is not None else {}
+        wanted = self.versions[new].chunks
+        need = sum(size for chunk, size in wanted.items() if chunk not in have)
+        twice = 2 if self.drive and not self.in_place else 1
+        limit = twice * need + kills * WINDOW * max(wanted.values())
+        found = self.fetched()
+        demand(found <= limit, f"{found} bytes were fetched, {need} needed, {kills} kills")
+
+
+def _demand_names(folder: Path, wanted: set[str], *, allow_missing: bool = False) -> None:
+    if allow_missing and not folder.exists():
+        return
+    found = {path.name for path in folder.iterdir()}
+    demand(found <= wanted, f"left over in {folder}: {sorted(found - wanted)}")
+
+
+def _chunk_id(raw: bytes) -> str:
+    try:
+        data = zstandard.ZstdDecompressor().decompressobj().decompress(raw)
+    except zstandard.ZstdError:
+        return "no chunk"
+    return hashlib.new("sha512_256", data).hexdigest()
+
+
+def workplace() -> Path:
+    """A folder for a campaign that is run by hand; the caller removes it."""
+    return Path(tempfile.mkdtemp(prefix="casync-updater-campaign-"))
+
+
+def report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
