@@ -63,6 +63,12 @@ class Story:
         if world.drive and final == new:
             world.check_drive(final)
 
+    @property
+    def has_way_back(self) -> bool:
+        """False after a bad version, which is then the only one that is kept."""
+        kept = [one["installed"]["version"] for one in self.world.state["previous"]]
+        return any(not self.world.versions[name].bad for name in kept)
+
     def rollback(self, disturb: Callable[..., int]) -> None:
         """Back to the version before by hand, and forward again."""
         world, new = self.world, self.current
@@ -190,7 +196,7 @@ def randomly(folder: Path, rng: random.Random, count: int) -> int:
         while world.kills < count:
             scenario = rng.choices(SCENARIOS[:3], (6, 2, 2))[0]
             before = world.kills
-            if scenario == "rollback" and not world.state["previous"]:
+            if scenario == "rollback" and not story.has_way_back:
                 scenario = "update"
             try:
                 play(story, scenario, at_random(world, 6))

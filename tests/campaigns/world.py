@@ -114,9 +114,8 @@ class World:
         else:
             keys["preserve"] = list(PRESERVED)
         self.appliance = Appliance(home, self.server.url, **keys)
-        self.appliance.settings(
-            f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 5\n"
-        )
+        self.settings = f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 5\n"
+        self.appliance.settings(self.settings)
         self.appliance.environment["TMPDIR"] = str(self.temporary)
         log = shlex.quote(str(self.appliance.journal))
         told = '"$CASYNC_UPDATER_OLD_VERSION>$CASYNC_UPDATER_NEW_VERSION '
@@ -305,7 +304,7 @@ class World:
             demand(state.get(key) is None, f"the state still has a {key}: {state.get(key)}")
         demand(not state.get("pending"), f"still pending: {state.get('pending')}")
         self.check_log()
-        self._check_leftovers(state, keep)
+        self.check_leftovers(keep)
 
     def check_log(self) -> None:
         """Each action once. A health check that was cut off after its end may run again."""
@@ -320,8 +319,9 @@ class World:
             f"the actions wrote\n  {log[-12:]}\nand should have written\n  {self.expected[-12:]}",
         )
 
-    def _check_leftovers(self, state: dict[str, Any], keep: int) -> None:
-        device = self.appliance
+    def check_leftovers(self, keep: int = 1) -> None:
+        """Only what the state names, in every folder that the client writes to."""
+        device, state = self.appliance, self.state
         kept = [one["folder"] for one in state.get("previous", ())]
         demand(len(kept) <= keep, f"{len(kept)} previous versions are kept")
         _demand_names(device.staging, {"token", *kept}, allow_missing=self.in_place)

@@ -157,9 +157,9 @@ class Actor:
             # action nor leaves anything of it.
             self._runner.forget(state.pending[0].id)
             state = replace(state, pending=state.pending[1:])
-        self._folder.save(state)
         for listing in self._folder.actions.iterdir():
             listing.unlink()
+        self._folder.save(state)
         return Acted(tuple(commands), tuple(failures)), state
 
     def examine(self, commands: Iterable[str], about: str) -> str | None:

@@ -336,7 +336,7 @@ def load(candidate: Candidate, others: Sequence[Source] = (), *, repair: bool = 
     """
     source, release = candidate.source, candidate.release
     if release is not None:
-        data = _by_hash(release.index, (source, *others))
+        data = by_hash(release.index, "", (source, *others))
     elif candidate.index_bytes is not None:
         data = candidate.index_bytes
     else:
@@ -353,11 +353,17 @@ def load(candidate: Candidate, others: Sequence[Source] = (), *, repair: bool = 
     return Offer(candidate, index, data, _sha256(data), is_archive, repair)
 
 
-def _by_hash(ref: FileRef, sources: Sequence[Source]) -> bytes:
+def by_hash(ref: FileRef, suffix: str, sources: Sequence[Source]) -> bytes:
+    """A file that a release lists, from the first source that has it.
+
+    Raises:
+        ContentError: the first source has other bytes, and no other has the right ones.
+        RemoteError: the first source cannot give it, and no other has it.
+    """
     failures: list[UpdaterError] = []
     for source in sources:
         try:
-            return source.by_hash(ref, "")
+            return source.by_hash(ref, suffix)
         except (ContentError, RemoteError) as error:
             failures.append(error)
     raise failures[0]

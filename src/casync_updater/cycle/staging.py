@@ -8,6 +8,7 @@
         previous-SERIAL-HEX               versions kept for a rollback
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -187,14 +188,19 @@ def remove(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
             _remove_tree(path)
-        elif os.path.lexists(path):
-            folder = os.open(path.parent, _FOLDER)
-            try:
-                _gone(os.unlink, os.fsencode(path.name), folder)
-            finally:
-                os.close(folder)
+        else:
+            _remove_file(path)
     except OSError as error:
         raise LocalError(f"{path} cannot be removed: {error.strerror}") from error
+
+
+def _remove_file(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        folder = os.open(path.parent, _FOLDER)
+        try:
+            _gone(os.unlink, os.fsencode(path.name), folder)
+        finally:
+            os.close(folder)
 
 
 def _remove_tree(path: Path) -> None:

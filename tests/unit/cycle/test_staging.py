@@ -155,23 +155,32 @@ def test_a_tree_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", str(tree)], check=True)
 
 
-def test_immutable_files_are_removed_too(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    (tree / "folder").mkdir(parents=True)
-    (tree / "folder" / "file").write_bytes(b"")
-    for path in (tree / "folder" / "file", tree / "folder"):
-        if subprocess.run(["chattr", "+i", str(path)], check=False).returncode:
-            pytest.skip("no immutable files here")
-    try:
-        remove(tree)
-        assert not tree.exists()
-    finally:
-        subprocess.run(["chattr", "-R", "-i", str(tmp_path)], check=True)
-
-
 def test_what_cannot_be_removed_is_named() -> None:
     with pytest.raises(LocalError, match=r"^/proc/self/comm cannot be removed: "):
         remove(Path("/proc/self/comm"))
+
+
+def test_what_is_immutable_is_removed_as_well(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "folder").mkdir(parents=True)
+    for name in ("file", "folder/log"):
+        (tree / name).write_bytes(b"")
+    nodes = [str(tree / name) for name in ("file", "folder/log", "folder")]
+    if subprocess.run(["chattr", "+i", *nodes[:1]], check=False).returncode:
+        pytest.skip("no immutable files here")
+    try:
+        subprocess.run(["chattr", "+a", nodes[1]], check=True)
+        subprocess.run(["chattr", "+i", nodes[2]], check=True)
+        remove(tree)
+        assert not tree.exists()
+        single = tmp_path / "single"
+        single.write_bytes(b"")
+        nodes = [str(single)]
+        subprocess.run(["chattr", "+i", *nodes], check=True)
+        remove(single)
+        assert not single.exists()
+    finally:
+        subprocess.run(["chattr", "-f", "-i", "-a", *nodes], check=False)
 
 
 def test_the_staging_folder_is_nobody_else_s(tmp_path: Path) -> None:
