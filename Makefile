@@ -36,7 +36,8 @@ BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
 	python3-pytest python3-pytest-xdist
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
-SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap systemd-container
+SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap nftables \
+	systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -86,6 +87,11 @@ test-system: deps ## Every system test, the long ones too (root; about a quarter
 		exit 1
 	fi
 	$(PYTEST) -n $(WORKERS) --dist loadgroup -q -m system tests
+
+.PHONY: online-table
+online-table: deps ## From a usable interface to the first request, 40 times; the idle daemon's cost
+	@PYTHONPATH=src ONLINE_FLAPS=10 ONLINE_IDLE_SECONDS=60 $(PYTEST) -q -s -k "table or idle" \
+		tests/system/test_online_daemon.py
 
 .PHONY: lint
 lint: ## mypy (strict), and ruff where it is installed

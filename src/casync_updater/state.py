@@ -63,6 +63,8 @@ class Bad:
 
     digest: str
     serial: int | None
+    index_sha256: str | None = None
+    """Tells the version where a source says no digest."""
 
 
 class Intent(StrEnum):

@@ -390,6 +390,18 @@ class TestPreserve:
         appliance.update(code=4)
         assert self.inodes(appliance) == before
 
+    def test_the_only_copy_is_never_swept(self, site: Site, appliance: Appliance) -> None:
+        """A power cut after the exchange, and the state is lost: the old tree still has them."""
+        aside = appliance.staging / "new"
+        appliance.staging.mkdir(mode=0o700, exist_ok=True)
+        aside.mkdir()
+        (appliance.destination / "data").rename(aside / "data")
+        (appliance.staging / "leftover").mkdir()
+        (appliance.state_dir / "tree" / "state.json").unlink()
+        assert appliance.update()["outcome"] == "adopted"
+        assert (aside / "data" / "base").read_text() == "precious"
+        assert not (appliance.staging / "leftover").exists()
+
     def test_not_in_place(self, site: Site, appliance: Appliance) -> None:
         appliance.entry["apply"] = "in-place"
         before = self.inodes(appliance)

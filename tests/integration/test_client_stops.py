@@ -326,6 +326,7 @@ class TestCommands:
         assert "1 added, 1 changed, 1 removed" in text
         assert "* one thing" in text
         server.close()
+        appliance.impatient()
         assert "cannot be reached" in appliance.check(code=3)["error"]
 
     def test_status_and_verify(self, site: Site, server: WebServer, appliance: Appliance) -> None:

@@ -46,6 +46,7 @@ def completions(program: str, line: str, folder: Path) -> set[str]:
         ("casync-updater rollback menu ^", set()),
         ("casync-updater update --a", {"--accept-legacy"}),
         ("casync-updater status --j", {"--json"}),
+        ("casync-updater online --w", {"--watch"}),
         ("casync-updater run --j", set()),
         ("casync-updater --config ^", set()),
     ],

@@ -1,7 +1,6 @@
 """The backup drive of an entry with signatures: its states, both directions, its end."""
 
 import os
-import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,38 +13,10 @@ from casync_updater.formats import index as index_format
 from casync_updater.model import Publication
 from casync_updater.server.publish import resign
 from support.device import Device
-from support.signed import Publisher, Silent, copy, location, release_of
+from support.signed import Silent, copy, location, release_of
 from support.trees import snapshot
 from support.webserver import WebServer
-
-
-def tree(root: Path, version: int) -> Path:
-    rng = random.Random(7)
-    root.mkdir(parents=True)
-    for number in range(12):
-        (root / f"file-{number}").write_bytes(rng.randbytes(3000))
-    (root / "version").write_text(str(version))
-    (root / "large").write_bytes(random.Random(version).randbytes(20_000) + bytes(20_000))
-    return root
-
-
-class World:
-    """Three versions of a tree, each as a site and complete by itself."""
-
-    def __init__(self, folder: Path) -> None:
-        self.publisher = Publisher(folder / "publisher")
-        self.trees = {n: tree(folder / f"tree-{n}", n) for n in (1, 2, 3)}
-        site = folder / "site"
-        self.sites: dict[int, Path] = {}
-        for n in (1, 2, 3):
-            self.publisher.publish(site, self.trees[n], version=f"{n}.0")
-            self.sites[n] = copy(site, folder / f"site-{n}")
-        self.unsigned: dict[int, Path] = {}
-        for n in (1, 2):
-            self.publisher.publish(
-                folder / "unsigned", self.trees[n], version=f"{n}.0", signed=False
-            )
-            self.unsigned[n] = copy(folder / "unsigned", folder / f"unsigned-{n}")
+from support.world import World
 
 
 @pytest.fixture(scope="module")

@@ -170,9 +170,12 @@ class Lab:
         online = {**PROMPT, **settings}
         appliance.settings("".join(["[online]\n", *(f"{k} = {v}\n" for k, v in online.items())]))
         command = [str(word) for word in appliance.command("-v", "run")]
+        # Compiled once, as an installed package is: compiling takes a third of a cycle's start.
+        compiled = {"PYTHONPYCACHEPREFIX": str(self.folder / "compiled")}
+        compiled["PYTHONDONTWRITEBYTECODE"] = ""
         with subprocess.Popen(
             self.world.device.argv("sh", "-c", f'{prelude} && exec "$@"', "sh", *command),
-            env=environment(),
+            env=environment(compiled),
             stderr=subprocess.PIPE,
             text=True,
         ) as process:

@@ -124,7 +124,7 @@ def test_the_report_stays_the_same_while_nothing_happens(loop: Loop) -> None:
     time.sleep(0.05)
     assert loop.network.report() == first
     (host,) = json.loads(json.dumps(first))["hosts"]
-    assert (host["name"], host["state"], host["entries"]) == ("127.0.0.1", "online", ["web"])
+    assert (host["host"], host["state"], host["entries"]) == ("127.0.0.1", "online", ["web"])
 
 
 def test_a_proxy_that_makes_no_sense_is_no_error_of_the_configuration() -> None:

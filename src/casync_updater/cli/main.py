@@ -20,10 +20,12 @@ COMMANDS = (
     "resume",
     "verify",
     "online",
+    "export",
+    "verify-store",
     "recover",
     "startup",
 )
-"""Each is the name of a module beside this one."""
+"""Each is the name of a module beside this one, with ``_`` for ``-``."""
 
 EPILOG = """\
 exit codes: 0 done or nothing to do; 1 something failed; 2 wrong usage or configuration;
@@ -75,7 +77,8 @@ def _parser(options: argparse.ArgumentParser, names: Iterable[str]) -> argparse.
     parser.add_argument("--version", action="version", version=f"casync-updater {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in names:
-        importlib.import_module(f"casync_updater.cli.{name}").add_parser(commands)
+        module = importlib.import_module(f"casync_updater.cli.{name.replace('-', '_')}")
+        module.add_parser(commands)
     return parser
 
 

@@ -19,7 +19,7 @@ from casync_updater.online.detector import Phase
 from casync_updater.online.hosts import hosts_of
 from casync_updater.online.interfaces import Gateway, Interface, gateways, interfaces
 from casync_updater.online.online import Online
-from casync_updater.online.report import HostStatus, line
+from casync_updater.online.report import HostStatus, line, public
 
 _PATIENCE = 6.0
 """Seconds for the hosts to answer: a little more than the longest probe takes."""
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         configuration.settings.online,
         sys.stdout,
         clock=SystemClock(),
-        since={host["name"]: (host["state"], host["since"]) for host in daemon["hosts"]},
+        since={host["host"]: (host["state"], host["since"]) for host in daemon["hosts"]},
         environment=os.environ,
     )
 
@@ -183,7 +183,7 @@ def _document(
         "gateways": [
             {"address": router.address, "interface": router.interface} for router in routers
         ],
-        "hosts": [host.as_json() for host in hosts],
+        "hosts": [public(host.as_json()) for host in hosts],
     }
 
 

@@ -13,7 +13,7 @@ from casync_updater.cycle.staging import survey
 from casync_updater.errors import LocalError
 from casync_updater.live import read_live
 from casync_updater.model import Entry, Installed
-from casync_updater.online.report import line
+from casync_updater.online.report import line, public
 from casync_updater.state import State, StateFolder
 
 
@@ -29,15 +29,17 @@ def run(arguments: argparse.Namespace) -> int:
     _, entries = chosen(arguments, ())
     root = state_dir(arguments)
     live = read_live(root)
+    hosts = (live.get("online") or {}).get("hosts", ())
     found = [
         _entry(entry, StateFolder(root, entry).peek(), live.get("entries", {}).get(entry.name, {}))
         for entry in entries
     ]
     if arguments.json:
-        document = {"version": __version__, "online": live.get("online"), "entries": found}
+        online = None if live.get("online") is None else {"hosts": [*map(public, hosts)]}
+        document = {"version": __version__, "online": online, "entries": found}
         print(json.dumps(document, indent=2))
     else:
-        for host in (live.get("online") or {}).get("hosts", ()):
+        for host in hosts:
             print(line(host))
         for item in found:
             _show(item)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from casync_updater.cycle.stop import StoppedError
+from casync_updater.cycle.stop import Stop, StoppedError
 from casync_updater.errors import LocalError
 from casync_updater.files import write_atomic
 from casync_updater.formats.mtree import escape
@@ -73,6 +73,9 @@ def promise(
     ``CASYNC_UPDATER_ENTRY``, ``_OLD_VERSION`` and ``_NEW_VERSION`` (empty where unknown),
     ``_REASON``, and ``_CHANGES``: a file with one line per changed path, ``added``, ``changed``
     or ``removed``, a space, and the path with unprintable bytes as ``\ooo``.
+
+    Raises:
+        OSError: the list of changed paths could not be written.
     """
     commands = tuple(commands)
     # Of a commit that failed; nothing is pending when something is promised.
@@ -111,6 +114,7 @@ class Actor:
         *,
         runner: ActionRunner,
         settings: ActionSettings,
+        stop: Stop,
         waiting: Callable[[], None],
         log: Log,
     ) -> None:
@@ -121,6 +125,7 @@ class Actor:
             folder: where the state is saved.
             runner: starts and collects.
             settings: the folder that commands run in, and how long they may take.
+            stop: waits for the hand-over of an action.
             waiting: called again and again while an action runs.
             log: takes what happens.
         """
@@ -129,6 +134,7 @@ class Actor:
         self._runner = runner
         self._directory = settings.directory
         self._timeout = settings.timeout
+        self._stop = stop
         self._waiting = waiting
         self._log = log
 
@@ -218,23 +224,32 @@ class Actor:
             if not cut or pending.state is ActionState.LEFT:
                 return state, result
             self._log.warning("action %r was cut off: it runs again", pending.command)
-        state = self._mark(state, ActionState.RUNNING)
         self._log.info("running action %r", pending.command)
+        handle = None
         try:
-            handle = self._runner.start(
-                Action(
-                    pending.id,
-                    self._entry.name,
-                    pending.command,
-                    self._directory,
-                    pending.timeout,
-                    dict(pending.env),
-                )
-            )
+            with self._stop.shielded():
+                state = self._mark(state, ActionState.RUNNING)
+                handle = self._started(pending)
+        except StoppedError:
+            if handle is not None:
+                self._mark(state, ActionState.LEFT)
+            raise
+        return state, ActionResult(code=127) if handle is None else self._collect(state, handle)
+
+    def _started(self, pending: PendingAction) -> Handle | None:
+        action = Action(
+            pending.id,
+            self._entry.name,
+            pending.command,
+            self._directory,
+            pending.timeout,
+            dict(pending.env),
+        )
+        try:
+            return self._runner.start(action)
         except LocalError as error:
             self._log.error("action %r: %s", pending.command, error)
-            return state, ActionResult(code=127)
-        return state, self._collect(state, handle)
+            return None
 
     def _collect(self, state: State, handle: Handle) -> ActionResult:
         """Wait for an action; when the updater is told to stop, leave it to itself."""

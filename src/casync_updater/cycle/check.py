@@ -215,9 +215,7 @@ class Checker:
         release = candidate.release
         mark = self.state.signed_mark if candidate.signed else self.state.unsigned_mark
         installed = self.state.installed
-        known_digest = (
-            installed.digest if installed and mark and installed.serial == mark.serial else None
-        )
+        known_digest = None if mark is None else self._digest_of(mark.serial)
         match order(release, mark, known_digest):
             case Order.OLDER:
                 return self._older(candidate, release, mark)
@@ -251,8 +249,16 @@ class Checker:
             )
             return UpToDate(candidate)
         if bad:
-            return UpToDate(candidate, f"{release.version} failed here before: it stays away")
+            return self._stays_away(candidate)
         return self._unless_held(candidate)
+
+    def _digest_of(self, serial: int) -> str | None:
+        """The digest that was seen here under a serial, installed now or before."""
+        seen = {bad.serial: bad.digest for bad in self.state.bad}
+        seen |= {kept.installed.serial: kept.installed.digest for kept in self.state.previous}
+        if self.state.installed is not None:
+            seen[self.state.installed.serial] = self.state.installed.digest
+        return seen.get(serial)
 
     def _judge_legacy(self, candidate: Candidate) -> UpToDate | Newer:
         if self._accept_legacy:
@@ -266,7 +272,17 @@ class Checker:
                 same = _sha256(candidate.index_bytes) == installed.index_sha256
             if same:
                 return UpToDate(candidate)
+        if any(
+            candidate.digest == bad.digest
+            if candidate.index_bytes is None
+            else _sha256(candidate.index_bytes) == bad.index_sha256
+            for bad in self.state.bad
+        ):
+            return self._stays_away(candidate)
         return self._unless_held(candidate)
+
+    def _stays_away(self, candidate: Candidate) -> UpToDate:
+        return UpToDate(candidate, f"{candidate.version} failed here before: it stays away")
 
     def _unless_held(self, candidate: Candidate) -> UpToDate | Newer:
         if self.state.held is not None:
@@ -321,7 +337,7 @@ def load(candidate: Candidate, others: Sequence[Source] = (), *, repair: bool = 
     """
     source, release = candidate.source, candidate.release
     if release is not None:
-        data = _by_hash(release.index, (source, *others))
+        data = by_hash(release.index, "", (source, *others))
     elif candidate.index_bytes is not None:
         data = candidate.index_bytes
     else:
@@ -338,11 +354,17 @@ def load(candidate: Candidate, others: Sequence[Source] = (), *, repair: bool = 
     return Offer(candidate, index, data, _sha256(data), is_archive, repair)
 
 
-def _by_hash(ref: FileRef, sources: Sequence[Source]) -> bytes:
+def by_hash(ref: FileRef, suffix: str, sources: Sequence[Source]) -> bytes:
+    """A file that a release lists, from the first source that has it.
+
+    Raises:
+        ContentError: the first source has other bytes, and no other has the right ones.
+        RemoteError: the first source cannot give it, and no other has it.
+    """
     failures: list[UpdaterError] = []
     for source in sources:
         try:
-            return source.by_hash(ref, "")
+            return source.by_hash(ref, suffix)
         except (ContentError, RemoteError) as error:
             failures.append(error)
     raise failures[0]

@@ -6,7 +6,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
 from casync_updater.cycle.build import CasyncBuilder
-from casync_updater.cycle.check import Checker, load
-from casync_updater.cycle.mirror import Condition, Mirror, present
+from casync_updater.cycle.check import Checker, by_hash, load
+from casync_updater.cycle.mirror import Condition, Mirror, Mirrored, present
 from casync_updater.cycle.plan import lacking, plan
 from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
 from casync_updater.cycle.staging import Site, identity, remove, survey, sweep
@@ -275,7 +275,13 @@ class Cycle:
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
     def _older_versions(self) -> list[Kept]:
-        return [kept for kept in self._state.previous if not kept.left]
+        """The versions to go back to, latest first; what was left by going back is none."""
+        bad = {version.digest for version in self._state.bad}
+        return [
+            kept
+            for kept in self._state.previous
+            if not kept.left and kept.installed.digest not in bad
+        ]
 
     def _go_back(
         self, site: Site, kept: Kept, *, hold: str | None, bad: tuple[Bad, ...]
@@ -406,15 +412,43 @@ class Cycle:
                     return
         self._folder.keep_release(installed, candidate.text, signed=candidate.signed)
 
-    def check(self, *, accept_legacy: bool = False) -> Checked:
-        """Ask the sources; the state in memory takes their answers."""
-        checker = Checker(
+    def export(self, location: Location) -> Mirrored:
+        """Make a drive of the installed version, or bring one up to date.
+
+        Raises:
+            LocalError: nothing is installed, it has something newer, or it cannot be written.
+            TrustError: it is foreign.
+        """
+        self._state = self._folder.load()
+        site = self.recover()
+        installed = self._state.installed
+        if installed is None:
+            raise LocalError(f"{self._entry.name}: nothing was installed yet")
+        mirror = Mirror(location, self._folder)
+        drive, web = self._outside.open_source(location), self._source(Origin.SOURCE)
+        try:
+            found = mirror.survey(
+                installed, drive, self._checker().demands(), seen=None, monitor=self._monitor
+            )
+            if found.condition is Condition.NEWER:
+                raise LocalError(f"{location.index} is newer: {found.what}")
+            return self._refresh(mirror, site, installed, [web])
+        finally:
+            drive.close()
+            self._close()
+
+    def _checker(self, *, accept_legacy: bool = False) -> Checker:
+        return Checker(
             self._entry,
             self._state,
             settings=self._settings.trust,
             clock=self._outside.clock,
             accept_legacy=accept_legacy,
         )
+
+    def check(self, *, accept_legacy: bool = False) -> Checked:
+        """Ask the sources; the state in memory takes their answers."""
+        checker = self._checker(accept_legacy=accept_legacy)
         openers = {Origin.SOURCE: lambda: self._source(Origin.SOURCE)}
         if self._entry.backup is not None and present(self._entry.backup):
             openers[Origin.BACKUP] = lambda: self._source(Origin.BACKUP)
@@ -441,7 +475,7 @@ class Cycle:
 
     def _offer_again(self, installed: Installed, current: Candidate) -> Offer:
         """The installed version as it was offered once, while the source has another one."""
-        data = self._folder.index(installed).read_bytes()
+        index = kept_index(self._folder, installed)
         kept = self._folder.release(installed)
         text = kept.read_bytes() if kept.exists() else None
         candidate = replace(
@@ -449,13 +483,13 @@ class Cycle:
             release=parse_release(trust.unwrap(text), str(kept)) if text else None,
             text=text,
             digest=installed.digest,
-            index_bytes=data,
+            index_bytes=None,
             where=installed.source,
         )
         return Offer(
             candidate,
-            kept_index(self._folder, installed),
-            data,
+            index,
+            self._folder.index(installed).read_bytes(),
             installed.index_sha256,
             self._entry.is_archive,
             repair=True,
@@ -646,6 +680,7 @@ class Cycle:
             self._folder,
             runner=self._outside.runner,
             settings=self._settings.actions,
+            stop=self._outside.stop,
             waiting=lambda: self._monitor.progress(Progress(0)),
             log=self._log,
         )
@@ -681,7 +716,7 @@ class Cycle:
             return
         name = installed.version or installed.digest[:12]
         self._log.error("%s: %s", name, failure)
-        bad = Bad(installed.digest, installed.serial)
+        bad = Bad(installed.digest, installed.serial, installed.index_sha256)
         older = self._older_versions()
         try:
             if not older:
@@ -727,7 +762,14 @@ class Cycle:
                 self._log.error("%s", what)
                 self._failures.append(LocalError(what))
             if found.condition is not Condition.NEWER and not self._is_behind(installed):
-                self._refresh(mirror, site, installed, checked)
+                done = self._refresh(mirror, site, installed, checked.answered)
+                self._state = replace(self._state, backup_seen=done.seen)
+                self._log.info(
+                    "refreshed the backup %s: %d chunks, %.1f MB",
+                    shown(location.index),
+                    done.chunks,
+                    done.size / 1e6,
+                )
         except StoppedError:
             raise
         except UpdaterError as error:
@@ -742,21 +784,19 @@ class Cycle:
         mark = self._state.signed_mark or self._state.unsigned_mark
         return mark is not None and installed.serial is not None and installed.serial < mark.serial
 
-    def _refresh(self, mirror: Mirror, site: Site, installed: Installed, checked: Checked) -> None:
+    def _refresh(
+        self, mirror: Mirror, site: Site, installed: Installed, sources: Sequence[Source]
+    ) -> Mirrored:
+        """Bring a drive up to date; what the device does not have itself comes from sources."""
         self._monitor.step(Step.MIRROR, installed.version)
-        candidate = checked.outcome.candidate
-        with self._chunk_chain(
-            kept_index(self._folder, installed), list(checked.answered)
-        ) as chunks:
-            done = mirror.refresh(
+        with self._chunk_chain(kept_index(self._folder, installed), list(sources)) as chunks:
+            return mirror.refresh(
                 installed,
                 site.destination,
                 chunks=chunks,
-                published=lambda ref: candidate.source.by_hash(ref, ".mtree"),
+                published=lambda ref: by_hash(ref, ".mtree", sources),
                 monitor=self._monitor,
             )
-        self._state = replace(self._state, backup_seen=done.seen)
-        self._log.info("refreshed the backup: %d chunks, %.1f MB", done.chunks, done.size / 1e6)
 
     def _prune(self, site: Site) -> None:
         """Remove what no state names any longer: it forgets first, so that it names no ruin.
@@ -769,7 +809,7 @@ class Cycle:
             self._folder.save(self._state)
         remove(self._spool.parent)
         self._folder.forget_versions(self._state)
-        sweep(site, {kept.folder for kept in self._state.previous})
+        sweep(site, {kept.folder for kept in self._state.previous}, self._entry.preserve)
 
     @contextlib.contextmanager
     def _chunks(self, offer: Offer, checked: Checked) -> Iterator[Chunks]:

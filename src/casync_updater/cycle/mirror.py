@@ -391,9 +391,8 @@ class Mirror:
             yield from chunks.stream(tuple(wanted.values()))
 
     def _put(self, name: str, data: bytes) -> None:
-        prefix = self._store.path / name[:4]
-        if prefix.is_symlink() or prefix.is_file():
-            prefix.unlink()
+        _make_real_folder(self._store.path / name[:4])
+        _clear_folder(self._store.path / path_of(name))
         self._store.put(name, zstandard.compress(data), compressed=True)
         # A file without the suffix is only read where there is none with it.
         with contextlib.suppress(OSError):
@@ -540,7 +539,15 @@ def _write(path: Path, data: bytes) -> None:
             return
     except (OSError, ContentError):
         pass
+    _clear_folder(path)
     write_atomic(path, data)
+
+
+def _clear_folder(path: Path) -> None:
+    """Take an empty folder away that stands where a file belongs; one with files is somebody's."""
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _is_whole(body: bytes) -> bool:

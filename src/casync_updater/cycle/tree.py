@@ -194,6 +194,8 @@ def _what_differs(
         return "group"
     if node.link is not None and os.readlink(path) != node.link:
         return "link target"
+    if node.device is not None and node.device != _device(status.st_rdev):
+        return "device"
     if kind == stat.S_IFREG and (
         status.st_size != node.size or (node.digest and _hash(path, hash_name) != node.digest)
     ):
@@ -206,6 +208,10 @@ def _what_differs(
     ):
         return "time"
     return None
+
+
+def _device(number: int) -> bytes:
+    return b"linux,%d,%d" % (os.major(number), os.minor(number))
 
 
 def _hash(path: bytes, hash_name: str) -> str | None:

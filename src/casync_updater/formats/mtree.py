@@ -12,6 +12,8 @@ from casync_updater.errors import ContentError
 from casync_updater.model import Changes
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
+_OUTSIDE = frozenset({b"", b".", b".."})
+_TYPES = frozenset({"file", "dir", "link", "char", "block", "fifo", "socket"})
 _MODE_FEATURES = frozenset({"permissions", "read-only", "acl"})
 
 
@@ -76,9 +78,14 @@ def _node(words: list[bytes], with_modes: bool) -> Node:
     def number(key: bytes, base: int = 10) -> int | None:
         return int(values[key], base) if key in values else None
 
+    path, kind = _unescape(words[0]), values[b"type"].decode("ascii")
+    if path != b"." and not _OUTSIDE.isdisjoint(path.split(b"/")):
+        raise ValueError(f"{escape(path)} leads out of the tree")
+    if kind not in _TYPES:
+        raise ValueError(f"there is no type {kind!r}")
     return Node(
-        path=_unescape(words[0]),
-        type=values[b"type"].decode("ascii"),
+        path=path,
+        type=kind,
         mode=number(b"mode", 8) if with_modes else None,
         uid=number(b"uid"),
         gid=number(b"gid"),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from casync_updater.online.detector import Phase
@@ -42,9 +43,9 @@ class HostStatus:
     icmp: Icmp | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The same for `json.dumps`, in the words of `status --json`."""
+        """The same for `json.dumps`."""
         return {
-            "name": self.name,
+            "host": self.name,
             "ports": self.ports,
             "entries": self.entries,
             "proxyFor": self.proxy_for,
@@ -59,9 +60,15 @@ class HostStatus:
         }
 
 
+def public(host: Mapping[str, Any]) -> dict[str, Any]:
+    """What `HostStatus.as_json` gives, as ``--json`` prints it: times are ISO 8601."""
+    since = datetime.fromtimestamp(host["since"], UTC).isoformat(timespec="seconds")
+    return {**host, "since": since}
+
+
 def line(host: Mapping[str, Any]) -> str:
     """A host's status for people, from the form that `HostStatus.as_json` gives."""
-    name = host["name"]
+    name = host["host"]
     if host["proxyFor"]:
         name += f" (proxy for {', '.join(host['proxyFor'])})"
     begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(host["since"]))

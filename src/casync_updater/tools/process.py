@@ -19,6 +19,7 @@ from pathlib import Path
 from casync_updater.errors import LocalError
 
 _TERM_GRACE = 5.0
+_POLL = 0.5
 _STDERR_KEPT = 64 << 10
 
 
@@ -76,11 +77,14 @@ def run(
             if len(out) > stdout_limit:
                 raise ProgramError(argv[0], f"wrote more than {stdout_limit} bytes", "")
         code = child.process.wait()
-    stderr = child.stderr_text()
     if code not in ok:
-        how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        raise ProgramError(argv[0], how, stderr)
-    return Result(code, bytes(out), stderr)
+        raise _failure(argv[0], code, child)
+    return Result(code, bytes(out), child.stderr_text())
+
+
+def _failure(program: str, code: int, child: "_Child") -> ProgramError:
+    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    return ProgramError(program, how, child.stderr_text())
 
 
 @contextlib.contextmanager
@@ -99,7 +103,7 @@ def stream(
         yield from _watched(child, argv[0], timeout=None, stall=stall, activity=None)
         code = child.process.wait()
         if code:
-            raise ProgramError(argv[0], f"failed with exit code {code}", child.stderr_text())
+            raise _failure(argv[0], code, child)
 
     with started(argv, env=env) as child:
         yield pieces(child)
@@ -148,12 +152,12 @@ def started(
                 pipe.close()
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: subprocess.Popen[bytes], grace: float = _TERM_GRACE) -> None:
     """End what is left of a process group: SIGTERM, then SIGKILL for what does not listen."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_TERM_GRACE)
+        process.wait(grace)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -175,7 +179,10 @@ def _watched(
     stall: float | None,
     activity: Callable[[], object] | None,
 ) -> Iterator[bytes]:
-    """Standard output, piece by piece, until both pipes are closed; stderr is kept aside."""
+    """Standard output, piece by piece, until the program has ended; stderr is kept aside.
+
+    A program may close its output and go on, and what it leaves running may hold it open.
+    """
     process = child.process
     assert process.stdout is not None
     assert process.stderr is not None
@@ -186,10 +193,16 @@ def _watched(
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         selector.register(process.stderr, selectors.EVENT_READ)
-        while selector.get_map():
-            for key, _ in selector.select(0.5):
+        while True:
+            ended = process.poll() is not None
+            if not ended and not selector.get_map():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL)
+            events = selector.select(0 if ended or not selector.get_map() else _POLL)
+            if ended and not events:
+                return
+            for key, _ in events:
                 data = os.read(key.fd, 1 << 16)
-                last = time.monotonic()
                 if not data:
                     selector.unregister(key.fileobj)
                 elif key.fileobj is process.stdout:
@@ -197,6 +210,8 @@ def _watched(
                 else:
                     child.stderr += data
                     del child.stderr[:-_STDERR_KEPT]
+                # After the yield: a caller that takes its time is no stall of the program.
+                last = time.monotonic()
             now = time.monotonic()
             if (current := activity()) != seen:
                 seen, last = current, now

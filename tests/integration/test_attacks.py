@@ -1,0 +1,489 @@
+"""What attackers can do to a signed entry, by the names of the TUF specification (section 1.5.2).
+
+Each attack is run against a web server and against a drive. The promise is always the same one:
+the device runs exactly a tree that its publisher signed, and never an older one than it accepted;
+an attack can delay an update, and `status` shows what was refused.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from casync_updater.formats import index as index_format
+from casync_updater.formats.store import path_of
+from casync_updater.reports import CycleEnd
+from casync_updater.trust import unwrap
+from support.device import Device
+from support.signed import copy, location, release_of
+from support.trees import snapshot
+from support.webserver import WebServer
+from support.world import World, archive_of, read_index, wrap_table
+
+Tamper = Callable[[World, Path], object]
+"""Changes a site, or a drive, that holds version 2; the device has version 1."""
+
+END = b"-----END PGP SIGNATURE-----\n"
+BEGIN = b"-----BEGIN PGP SIGNATURE-----\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+class Victim:
+    """A device with version 1, a site and a drive with version 2 to tamper with."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self.folder = folder
+        self.keyring = world.publisher.keys.keyring
+        self.device = Device(folder / "device", location(world.sites[1]), keyring=self.keyring)
+        assert self.device.cycle().exit == 0
+        self.place = copy(world.sites[2], folder / "place")
+
+    def online(self) -> CycleEnd:
+        with WebServer(self.place) as server:
+            self.device.source = location(server.url)
+            return self.device.cycle()
+
+    def with_drive(self) -> CycleEnd:
+        self.device.source = location("/nowhere")
+        self.device.backup = location(self.place)
+        return self.device.cycle()
+
+    def has(self, version: int) -> bool:
+        return snapshot(self.device.destination) == self.world.snapshots[version]
+
+
+@pytest.fixture
+def victim(world: World, tmp_path: Path) -> Victim:
+    return Victim(world, tmp_path)
+
+
+def refused(victim: Victim, tamper: Tamper, where: str, code: int) -> CycleEnd:
+    """The attack is refused with that exit code, and the next honest source is taken."""
+    tamper(victim.world, victim.place)
+    end = victim.online() if where == "online" else victim.with_drive()
+    assert end.exit == code, (end, victim.device.log)
+    assert victim.has(1)
+    assert end.message
+    if "refused" in end.message:
+        found = victim.device.state.refused
+        assert found is not None
+        assert found.check in end.message
+        assert str(victim.place) in found.source or "127.0.0.1" in found.source
+    victim.device.source = location(victim.world.sites[3])
+    victim.device.backup = None
+    assert victim.device.cycle().exit == 0, victim.device.log
+    assert victim.has(3)
+    assert victim.device.state.refused is None
+    return end
+
+
+def body_of(place: Path) -> bytes:
+    return (place / "tree.caidx.release").read_bytes()
+
+
+def with_body(change: Callable[[bytes], bytes]) -> Tamper:
+    def tamper(_world: World, place: Path) -> None:
+        (place / "tree.caidx.release").write_bytes(change(body_of(place)))
+
+    return tamper
+
+
+def sign_by_a_stranger(world: World, place: Path) -> None:
+    body = world.publisher.sign(unwrap(body_of(place)), world.publisher.strangers)
+    (place / "tree.caidx.release").write_bytes(body)
+
+
+def swap_index(world: World, place: Path) -> None:
+    data = read_index(world.sites[3])
+    (place / "tree.caidx").write_bytes(data)
+    (place / "by-hash" / "SHA256" / release_of(place).index.sha256).write_bytes(data)
+
+
+def new_chunks(world: World, place: Path) -> list[Path]:
+    """The chunk files that version 1 does not need."""
+    old = {ref.hex for ref in index_format.parse(read_index(world.sites[1]), "")}
+    new = index_format.parse(read_index(place), "")
+    return [place / "store.castr" / path_of(ref.hex) for ref in new if ref.hex not in old]
+
+
+def with_chunks(change: Callable[[Path], object]) -> Tamper:
+    def tamper(world: World, place: Path) -> None:
+        for path in new_chunks(world, place):
+            change(path)
+
+    return tamper
+
+
+def swap_chunks(world: World, place: Path) -> None:
+    first, second, *_ = new_chunks(world, place)
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+def as_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def as_link(path: Path) -> None:
+    moved = path.with_suffix(".moved")
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+BOMB = zstandard.compress(bytes(64 << 20))
+
+both = pytest.mark.parametrize("where", ["online", "drive"])
+
+
+class TestArbitrarySoftware:
+    """What the publisher did not sign is never installed, wherever it comes from."""
+
+    @both
+    @pytest.mark.parametrize(
+        "tamper",
+        [
+            pytest.param(with_body(unwrap), id="unsigned"),
+            pytest.param(sign_by_a_stranger, id="another key"),
+            pytest.param(with_body(lambda b: b[: b.index(BEGIN)]), id="signature cut off"),
+            pytest.param(with_body(lambda b: b[: b.index(END) - 40]), id="cut in the signature"),
+            pytest.param(with_body(lambda b: b"Format: 1\n" + b), id="text before"),
+            pytest.param(with_body(lambda b: b + b"Version: 9\n"), id="text after"),
+            pytest.param(with_body(lambda b: b + b), id="twice"),
+            pytest.param(
+                with_body(lambda b: b.replace(BEGIN, b"X: 1\n" + BEGIN)), id="text between"
+            ),
+            pytest.param(
+                with_body(lambda b: b.replace(b"Version: 2.0", b"Version: 9.0")), id="altered"
+            ),
+        ],
+    )
+    def test_release(self, victim: Victim, where: str, tamper: Tamper) -> None:
+        end = refused(victim, tamper, where, 4)
+        assert "refused (signature)" in end.message
+
+    @both
+    @pytest.mark.parametrize(
+        "tamper",
+        [
+            pytest.param(swap_chunks, id="swapped"),
+            pytest.param(with_chunks(lambda p: p.write_bytes(p.read_bytes()[:-7])), id="truncated"),
+            pytest.param(with_chunks(lambda p: p.write_bytes(p.read_bytes() + b"x")), id="longer"),
+            pytest.param(with_chunks(lambda p: p.write_bytes(bytes(4 << 20))), id="oversized"),
+            pytest.param(with_chunks(lambda p: p.write_bytes(b"")), id="empty"),
+            pytest.param(with_chunks(lambda p: p.write_bytes(BOMB)), id="bomb"),
+        ],
+    )
+    def test_chunks(self, victim: Victim, where: str, tamper: Tamper) -> None:
+        refused(victim, tamper, where, 4 if where == "online" else 1)
+
+    @both
+    def test_missing_chunks(self, victim: Victim, where: str) -> None:
+        refused(victim, with_chunks(Path.unlink), where, 3 if where == "online" else 1)
+
+    @pytest.mark.parametrize("change", [as_fifo, as_link])
+    def test_what_is_no_file_on_a_drive(
+        self, victim: Victim, change: Callable[[Path], object]
+    ) -> None:
+        refused(victim, with_chunks(change), "drive", 1)
+
+
+class TestRollback:
+    """No release older than one that was accepted is installed, whoever signed it."""
+
+    @both
+    @pytest.mark.parametrize("broken", [False, True])
+    def test_replay(
+        self, victim: Victim, world: World, tmp_path: Path, where: str, broken: bool
+    ) -> None:
+        assert victim.online().version == "2.0"
+        victim.place = copy(world.sites[1], tmp_path / "old")
+        if broken:
+            (victim.device.folder / "state" / "tree" / "state.json").write_text("{")
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit == 0
+        assert "stale" in end.message
+        assert victim.has(2)
+
+    def test_the_drive_of_yesterday_is_refreshed_not_followed(
+        self, victim: Victim, world: World, tmp_path: Path
+    ) -> None:
+        victim.online()
+        drive = copy(world.sites[1], tmp_path / "old")
+        victim.device.source = location(world.sites[2])
+        victim.device.backup = location(drive)
+        assert victim.device.cycle().exit == 0
+        assert victim.has(2)
+        assert body_of(drive) == body_of(world.sites[2])
+
+    @both
+    def test_a_serial_beyond_all(self, victim: Victim, where: str) -> None:
+        """One signed release must not be able to lock the publisher out for ever."""
+        refused(victim, self._far_serial, where, 4)
+
+    def _far_serial(self, world: World, place: Path) -> None:
+        release = release_of(place)
+        text = unwrap(body_of(place)).replace(
+            f"Serial: {release.serial}".encode(), f"Serial: {2**52}".encode()
+        )
+        (place / "tree.caidx.release").write_bytes(world.publisher.sign(text))
+
+
+class TestFreeze:
+    """A release is installed as long as its Valid-Until says; after that it is refused."""
+
+    @both
+    def test_expired(self, victim: Victim, where: str) -> None:
+        end = refused(victim, self._expire, where, 4)
+        assert "refused (expiry)" in end.message
+
+    def _expire(self, world: World, place: Path) -> None:
+        date = float(int(time.time()) - 90_000)
+        world.replace_release(place, date=date, valid_until=date + 3600)
+
+    @pytest.mark.parametrize(
+        ("now", "code", "version"),
+        [
+            pytest.param(0.0, 0, 2, id="1970"),
+            pytest.param(2_208_988_800.0, 4, 1, id="2040"),
+        ],
+    )
+    def test_clocks(self, victim: Victim, now: float, code: int, version: int) -> None:
+        """In 1970 freshness is unknown, and no reason to stay; in 2040 everything expired."""
+        date = release_of(victim.place).date
+        victim.world.replace_release(victim.place, valid_until=date + 30 * 86400.0)
+        victim.device.clock.set(now)
+        assert victim.online().exit == code
+        assert victim.has(version)
+
+    def test_the_clock_is_set_an_hour_after_boot(self, victim: Victim) -> None:
+        """What was expired all along is refused once the clock can be believed, and stays."""
+        date = release_of(victim.place).date
+        victim.world.replace_release(victim.place, valid_until=date + 60.0)
+        victim.device.clock.set(0.0)
+        assert victim.online().exit == 0, "the newest Date seen is before Valid-Until"
+        assert victim.has(2)
+        victim.device.clock.set(date + 3600.0)
+        assert victim.online().exit == 0, "what is installed goes on running"
+        assert victim.has(2)
+
+    def test_a_wrong_clock_poisons_nothing(self, victim: Victim) -> None:
+        date = release_of(victim.place).date
+        victim.world.replace_release(victim.place, valid_until=date + 30 * 86400.0)
+        victim.device.clock.set(2_208_988_800.0)
+        assert victim.online().exit == 4
+        victim.device.clock.set(date + 60.0)
+        assert victim.online().exit == 0
+        assert victim.has(2)
+
+    def test_a_clock_behind_what_was_accepted_is_not_believed(self, victim: Victim) -> None:
+        """The newest verified Date is a lower bound: turning the clock back revives nothing."""
+        assert victim.online().exit == 0
+        date = release_of(victim.place).date
+        newer = copy(victim.world.sites[3], victim.folder / "newer")
+        victim.world.replace_release(
+            newer, date=date - 7200.0, valid_until=date - 3600.0, serial=int(date) + 20
+        )
+        victim.place = newer
+        victim.device.clock.set(0.0)
+        assert victim.online().exit == 4
+        assert victim.has(2)
+
+
+class TestMixAndMatch:
+    """Parts of different releases never come together: each is bound by its hash."""
+
+    @both
+    def test_swapped_index(self, victim: Victim, where: str) -> None:
+        refused(victim, swap_index, where, 4 if where == "online" else 1)
+
+    def test_equal_serial_with_other_content(self, victim: Victim, world: World) -> None:
+        assert victim.online().exit == 0
+        serial = release_of(victim.place).serial
+        other = copy(world.sites[3], victim.folder / "other")
+        world.replace_release(other, serial=serial)
+        victim.place = other
+        assert victim.online().exit == 4
+        assert victim.has(2)
+
+    def test_a_manifest_of_something_else_adopts_nothing(
+        self, victim: Victim, world: World, tmp_path: Path
+    ) -> None:
+        mtree = release_of(victim.place).mtree
+        assert mtree is not None
+        for path in (
+            victim.place / "tree.caidx.mtree",
+            victim.place / "by-hash" / "SHA256" / mtree.sha256,
+        ):
+            path.write_bytes((world.sites[1] / "tree.caidx.mtree").read_bytes())
+        victim.device.folder = tmp_path / "lost-its-state"
+        assert victim.online().exit == 4
+        assert victim.has(1)
+
+
+class TestWrongSoftware:
+    """A release of one project never gets to a device of another."""
+
+    @both
+    def test_another_project(self, victim: Victim, where: str) -> None:
+        end = refused(
+            victim, lambda world, place: world.replace_release(place, project="other"), where, 4
+        )
+        assert "refused (project): expected tree, found other" in end.message
+
+
+class TestEndlessData:
+    """No source decides how much is read, written or waited for."""
+
+    @both
+    def test_an_endless_release(self, victim: Victim, where: str) -> None:
+        def tamper(_world: World, place: Path) -> None:
+            (place / "tree.caidx.release").write_bytes(bytes(8 << 20))
+
+        refused(victim, tamper, where, 4)
+
+    def test_a_byte_a_minute(self, victim: Victim) -> None:
+        begin = time.monotonic()
+        with WebServer(victim.place) as server:
+            server.fail("*.cacnk", drip=0.4)
+            victim.device.source = location(server.url)
+            victim.device.fetch = replace(victim.device.fetch, min_rate=1000, connections=2)
+            assert victim.device.cycle().exit == 3
+        assert time.monotonic() - begin < 30
+        assert victim.has(1)
+
+    @both
+    @pytest.mark.parametrize(
+        "table",
+        [
+            pytest.param([2**63, 2**63 + 100], id="absurd sizes"),
+            pytest.param([4096, 2048], id="offsets go back"),
+            pytest.param([0], id="empty chunk"),
+            pytest.param([2**64 - 1], id="wraps around"),
+        ],
+    )
+    def test_a_hostile_index_with_a_right_signature(
+        self, victim: Victim, where: str, table: list[int]
+    ) -> None:
+        def tamper(world: World, place: Path) -> None:
+            rows = b"".join(end.to_bytes(8, "little") + bytes(32) for end in table)
+            flags = index_format.parse(read_index(place), "").flags
+            world.publish_index(place, wrap_table(rows, flags, 16384), 4096, bytes(32))
+
+        refused(victim, tamper, where, 4 if where == "online" else 1)
+
+    def test_an_archive_larger_than_any_disk(self, victim: Victim) -> None:
+        def tamper(world: World, place: Path) -> None:
+            size = 128 << 20
+            rows = b"".join(
+                (size * (n + 1)).to_bytes(8, "little") + n.to_bytes(32, "big")
+                for n in range(100_000)
+            )
+            flags = index_format.parse(read_index(place), "").flags
+            world.publish_index(place, wrap_table(rows, flags, size), size * 100_000, bytes(32))
+
+        end = refused(victim, tamper, "online", 1)
+        assert "make room" in end.message
+
+
+def hostile(world: World, place: Path, old: bytes, new: bytes) -> None:
+    """An archive in which one run of bytes is another one of the same length."""
+    tree = place.parent / "hostile-tree"
+    tree.mkdir()
+    (tree / "aa").write_text("first")
+    (tree / "bb").write_text("second")
+    (tree / "cc").symlink_to("/tmp")
+    stream = archive_of(tree)
+    assert old in stream
+    world.publish_stream(place, stream.replace(old, new))
+
+
+class TestHostileArchives:
+    """Even what is signed stays inside of the destination, and makes what it says only."""
+
+    @both
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            pytest.param(b"aa\0", b"..\0", id="dot dot"),
+            pytest.param(b"aa\0", b"a/\0", id="slash"),
+            pytest.param(b"aa\0", b".\0\0", id="dot"),
+            pytest.param(b"aa\0", b"\0\0\0", id="no name"),
+            pytest.param(b"bb\0", b"aa\0", id="duplicate"),
+            pytest.param(b"bb\0", b"a!\0", id="unsorted"),
+            pytest.param(b"/tmp\0", b"/t\0p\0", id="link target with NUL"),
+        ],
+    )
+    def test_names(self, victim: Victim, where: str, old: bytes, new: bytes) -> None:
+        victim.world.snapshots[0] = {}
+        hostile(victim.world, victim.place, old, new)
+        outside = snapshot(victim.folder / "device" / "device")
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit in (1, 4), end
+        assert victim.has(1)
+        assert {
+            name: node
+            for name, node in snapshot(victim.folder / "device" / "device").items()
+            if b".casync-updater" not in name
+        } == {name: node for name, node in outside.items() if b".casync-updater" not in name}
+
+
+class TestKeyCompromise:
+    """With two keys in the keyring, one that is lost is dropped without visiting a device."""
+
+    @both
+    def test_a_dropped_key_signs_nothing_any_more(self, victim: Victim, where: str) -> None:
+        keys = victim.world.publisher
+        victim.device.keyring = keys.strangers.keyring
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit == 4
+        assert victim.has(1)
+
+    def test_the_spare_is_believed_from_the_first_day(self, victim: Victim) -> None:
+        keys = victim.world.publisher.keys
+        spare = replace(keys, working=keys.spare)
+        body = victim.world.publisher.sign(unwrap(body_of(victim.place)), spare)
+        (victim.place / "tree.caidx.release").write_bytes(body)
+        assert victim.online().exit == 0
+        assert victim.has(2)
+
+    @both
+    def test_a_signature_is_needed_once_one_was_accepted(self, victim: Victim, where: str) -> None:
+        """Also when the operator takes `signedBy` out of the entry."""
+        victim.device.keyring = None
+        victim.device.trust = replace(victim.device.trust, keyrings=victim.keyring)
+        refused(victim, with_body(unwrap), where, 4)
+
+
+class TestTheOtherSourceGetsItsChance:
+    """A refused web server does not keep the drive from helping, and the other way round."""
+
+    def test_web_refused(self, victim: Victim, world: World) -> None:
+        with_body(unwrap)(world, victim.place)
+        victim.device.backup = location(copy(world.sites[3], victim.folder / "drive"))
+        end = victim.online()
+        assert end.exit == 0
+        assert victim.has(3)
+        assert victim.device.state.refused is not None
+
+    def test_drive_refused(self, victim: Victim, world: World) -> None:
+        drive = copy(world.sites[3], victim.folder / "drive")
+        with_body(unwrap)(world, drive)
+        victim.device.backup = location(drive)
+        end = victim.online()
+        assert end.exit == 4
+        assert victim.has(2)
+        shutil.rmtree(drive)
+        assert victim.online().exit == 0
+        assert victim.device.state.refused is None
