@@ -37,8 +37,7 @@ TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps pyth
 	python3-pytest python3-pytest-xdist
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap nftables \
-	systemd-container \
-	qemu-system-common
+	qemu-system-common systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
