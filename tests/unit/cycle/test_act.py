@@ -115,8 +115,12 @@ def test_what_an_action_finds_in_its_environment(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     assert promised(stage.folder) == ()
     assert list(stage.folder.actions.iterdir()) == []
+    others = {action.id for action in promised(stage.folder, "same", since=6.0)}
     first, second = promised(stage.folder, "same", "same")
     assert first.id != second.id
+    assert first.id not in others
+    # What was promised for a commit that then failed leaves nothing.
+    assert len(list(stage.folder.actions.iterdir())) == 1
     assert first.timeout == 7.0
     env = dict(first.env)
     listing = env.pop("CASYNC_UPDATER_CHANGES")
