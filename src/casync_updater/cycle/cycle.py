@@ -71,6 +71,7 @@ from casync_updater.state import (
 )
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
+from casync_updater.tools.inhibitor import shutdown_inhibited
 from casync_updater.trust import unwrap
 
 
@@ -630,6 +631,7 @@ class Cycle:
 
             def begin() -> None:
                 shield.enter_context(self._outside.stop.shielded())
+                shield.enter_context(shutdown_inhibited(f"{site.destination} is being updated"))
                 self._state = commit.begin_in_place(
                     self._state, self._folder, self._installed(offer, "")
                 )
