@@ -131,6 +131,12 @@ def test_what_an_action_finds_in_its_environment(tmp_path: Path) -> None:
         "CASYNC_UPDATER_REASON": "media",
     }
     assert Path(listing).read_text() == "added a\\040b\nchanged c\\012\nremoved \\377\n"
+    # The list of a promise that was never kept goes with the next one.
+    (other,) = promised(stage.folder, "same", since=6.0)
+    assert other.id not in (first.id, second.id)
+    assert [str(path) for path in stage.folder.actions.iterdir()] == [
+        dict(other.env)["CASYNC_UPDATER_CHANGES"]
+    ]
 
 
 def test_actions_run_one_after_the_other(tmp_path: Path) -> None:
@@ -227,7 +233,7 @@ def test_a_state_that_cannot_be_saved_drops_no_action(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "a")
     actor, state = stage.actor(), stage.folder.load()
     os.rename(stage.folder.path, tmp_path / "gone")  # noqa: PTH104
-    with pytest.raises(LocalError, match="state not saved"):
+    with pytest.raises(LocalError, match="state cannot be saved"):
         actor.act(state)
     assert stage.runner.started == []
 
