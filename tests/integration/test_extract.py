@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from casync_updater.cycle.extract import (
     Extracted,
     Leftover,
-    changes,
-    digest_tree,
     extract,
     plan_extract,
     rebuild_record,
@@ -81,8 +79,6 @@ class Lab:
         assert done.bytes_fetched == sum(ref.size for ref in self.chunks.streamed) + sum(
             ref.size for ref in self.chunks.single
         )
-        if self.record is not None:
-            assert changes(self.record, done.record) == done.changes
         done.record.save(self.base / "record")
         loaded = load(self.base / "record")
         assert loaded is not None
@@ -375,7 +371,6 @@ def test_a_record_is_rebuilt_from_the_tree(lab: Lab) -> None:
         record = rebuild_record(lab.index, pieces, root)
     assert record.skeleton.frames == lab.record.skeleton.frames
     assert record.spans == lab.record.spans
-    assert digest_tree(record, root) == tree_digest(lab.installed, DEFAULT)
     (lab.installed / "bin" / "tool").write_bytes(b"other bytes")
     with (
         stream_archive(lab.installed, flags=flags) as pieces,
@@ -399,10 +394,10 @@ def test_verify_names_what_differs(lab: Lab) -> None:
     found = lab.differences()
     wanted = {
         (b"bin/tool", "mode"),
-        (b"link", "target"),
+        (b"link", "link target"),
         (b"dangling", "missing"),
         (b"empty", "type"),
-        (b"many/d0/mine", "added"),
+        (b"many/d0/mine", "extra"),
     }
     assert {one for one in found if one[1] != "time"} == wanted
     root = open_root(tree)

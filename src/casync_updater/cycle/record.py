@@ -7,7 +7,7 @@ from pathlib import Path
 
 import zstandard
 
-from casync_updater.cycle.extract.tree import TreeFiles
+from casync_updater.cycle.extract.tree import TreeFiles, verify_tree
 from casync_updater.cycle.tree import Difference, archive_digest, cut, differences
 from casync_updater.errors import ContentError
 from casync_updater.formats import index as index_format
@@ -106,13 +106,24 @@ def kept_nodes(folder: StateFolder, installed: Installed) -> Iterator[mtree.Node
 def version_differences(
     path: Path, installed: Installed, entry: Entry, folder: StateFolder, preserve: Iterable[str]
 ) -> Iterator[Difference]:
-    """How what stands at a path differs from a version; see `tree.differences`.
+    """How what stands at a path differs from a version.
+
+    A version of the own extractor is compared with its record, every other with its manifest,
+    which knows nothing of extended attributes; see `extract.verify_tree`, `tree.differences`.
 
     Raises:
         ContentError: what was kept of the version is gone, or damaged.
         OSError: something in the tree cannot be read.
     """
     index = kept_index(folder, installed)
+    record = record_format.load(folder.record(installed))
+    if record is not None and path.is_dir() and not path.is_symlink():
+        root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield from verify_tree(record, root, preserve=[os.fsencode(one) for one in preserve])
+        finally:
+            os.close(root)
+        return
     if entry.is_archive:
         yield from differences(
             path,

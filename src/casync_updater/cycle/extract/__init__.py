@@ -6,19 +6,15 @@ fetched, `build` makes the new tree beside the old one, `tree` compares a tree w
 """
 
 from casync_updater.cycle.extract.build import Extracted, extract
-from casync_updater.cycle.extract.changes import changes
 from casync_updater.cycle.extract.leftover import Leftover
 from casync_updater.cycle.extract.plan import ExtractPlan, plan_extract, supported
 from casync_updater.cycle.extract.rebuild import rebuild_record
-from casync_updater.cycle.extract.tree import Difference, digest_tree, verify_tree
+from casync_updater.cycle.extract.tree import verify_tree
 
 __all__ = [
-    "Difference",
     "ExtractPlan",
     "Extracted",
     "Leftover",
-    "changes",
-    "digest_tree",
     "extract",
     "plan_extract",
     "rebuild_record",

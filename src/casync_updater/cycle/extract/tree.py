@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from casync_updater.cycle.tree import Difference
 from casync_updater.formats.archive import FCAPS, PERMISSIONS, TIMES, UIDS, XATTRS, Node
 from casync_updater.formats.record import (
     DIRECTORY,
@@ -224,16 +225,6 @@ def _trust_content(record: Record, node: int, found: _Found) -> int:
     return LINKABLE if alone and not drifted else SAME_CONTENT
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Where a tree is not what was installed."""
-
-    path: bytes
-    what: str
-    """``missing``, ``added``, ``type``, ``content``, ``target``, ``mode``, ``owner``, ``time``,
-    ``attributes`` or ``device``."""
-
-
 def verify_tree(
     record: Record,
     root: int,
@@ -242,7 +233,9 @@ def verify_tree(
     windows: tuple[Window, ...] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[Difference]:
-    """Compare a tree with what was installed there.
+    """Compare a tree with what was installed there, extended attributes included.
+
+    The mtime of directories is left out, as in `cycle.tree.differences`.
 
     Args:
         record: what was installed.
@@ -254,8 +247,6 @@ def verify_tree(
     """
     skip = 0
     known: list[set[bytes]] = []
-    # Moving a preserved path into a tree gives the directory it is in a new time.
-    moved_into = {path.rpartition(b"/")[0] or b"." for path in preserve}
     for node, name, folder in visit(record, root):
         kind = record.kinds[node]
         if node < skip:
@@ -270,10 +261,8 @@ def verify_tree(
             skip = node + record.spans[node]
             continue
         what = _at_path(record, node, name, folder, windows)
-        path = record.path(node) if what else b""
         for one in what:
-            if one != "time" or path not in moved_into:
-                yield Difference(path, one)
+            yield Difference(record.path(node), one)
         if kind == DIRECTORY and what and what[0] in {"missing", "type"}:
             skip = node + record.spans[node]
         elif kind == DIRECTORY:
@@ -305,7 +294,7 @@ def _added(
         if name not in known and path not in preserve:
             if any(kept.startswith(inside) for kept in preserve):
                 continue
-            yield Difference(path, "added")
+            yield Difference(path, "extra")
 
 
 def _differences(
@@ -333,7 +322,7 @@ def _differences(
             os.close(file)
     elif kind == LINK:
         if os.fsencode(os.readlink(found.name, dir_fd=found.folder)) != want.target:
-            yield "target"
+            yield "link target"
     elif want.device != found.stat.st_rdev and (stat.S_ISBLK(want.mode) or stat.S_ISCHR(want.mode)):
         yield "device"
 
@@ -348,7 +337,7 @@ def _metadata(record: Record, node: int, want: Node, found: _Found) -> Iterator[
         yield "mode"
     if flags & UIDS and (found.stat.st_uid, found.stat.st_gid) != (want.uid, want.gid):
         yield "owner"
-    if flags & TIMES and found.stat.st_mtime_ns != record.mtimes[node]:
+    if flags & TIMES and kind != DIRECTORY and found.stat.st_mtime_ns != record.mtimes[node]:
         yield "time"
     if flags & (XATTRS | FCAPS) and kind in {FILE, DIRECTORY}:
         wanted = dict(want.xattrs)
@@ -389,24 +378,3 @@ def carried(key: bytes, flags: int) -> bool:
     if key == b"security.capability":
         return bool(flags & FCAPS)
     return bool(flags & XATTRS) and key.startswith((b"user.", b"trusted."))
-
-
-def digest_tree(
-    record: Record, root: int, *, progress: Callable[[int], object] = lambda done: None
-) -> str:
-    """The archive digest of a tree's present content, in the metadata of its record.
-
-    The stream is made again from the record and the files. Together with `verify_tree`, which
-    compares the metadata, it is what ``casync digest`` would say.
-
-    Returns:
-        Hex digits; a file that is gone or of another size makes it a digest of something else.
-    """
-    digest = hashlib.new(record.index.hash_name)
-    with TreeFiles(record, root) as files:
-        for start in range(0, record.index.size, READ_SIZE):
-            end = min(start + READ_SIZE, record.index.size)
-            data = files.stream(start, end)
-            digest.update(b"" if data is None else data)
-            progress(end)
-    return digest.hexdigest()
