@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from casync_updater.cycle.cycle import Cycle, Surroundings
+from casync_updater.cycle.cycle import Cycle
+from casync_updater.cycle.operator import Operator
+from casync_updater.cycle.session import Surroundings
 from casync_updater.cycle.stop import Stop
 from casync_updater.model import (
     Entry,
@@ -110,8 +112,10 @@ class Device:
     def rollback(self) -> CycleEnd:
         folder = StateFolder(self.folder / "state", self.entry)
         with folder.locked("a test", wait=0.0) as lock:
-            cycle = Cycle(self.entry, self._surroundings(), SilentMonitor(), lock, self._logger())
-            return cycle.rollback()
+            operator = Operator(
+                self.entry, self._surroundings(), SilentMonitor(), lock, self._logger()
+            )
+            return operator.rollback()
 
     def _surroundings(self) -> Surroundings:
         state = self.folder / "state"

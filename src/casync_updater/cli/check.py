@@ -4,7 +4,7 @@ import argparse
 import json
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
-from casync_updater.cycle.cycle import Cycle, Preview
+from casync_updater.cycle.operator import Operator, Preview
 from casync_updater.errors import UpdaterError, exit_code
 from casync_updater.formats.mtree import escape
 from casync_updater.model import Reason, SilentMonitor
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     with surroundings(arguments, configuration.settings) as outside:
         for entry in entries:
             log = entry_log(entry, Reason.OPERATOR)
-            cycle = Cycle(entry, outside, SilentMonitor(), -1, log)
+            cycle = Operator(entry, outside, SilentMonitor(), -1, log)
             try:
                 preview = cycle.preview()
             except UpdaterError as error:

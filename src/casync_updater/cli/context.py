@@ -10,7 +10,7 @@ from casync_updater import logs
 from casync_updater.cli.places import cache_dir, state_dir
 from casync_updater.clock import SystemClock
 from casync_updater.config.configuration import Configuration, load_configuration
-from casync_updater.cycle.cycle import Surroundings
+from casync_updater.cycle.session import Surroundings
 from casync_updater.cycle.stop import Stop
 from casync_updater.errors import ConfigError
 from casync_updater.model import Entry, Reason, Settings

@@ -3,7 +3,7 @@
 import argparse
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
-from casync_updater.cycle.cycle import Cycle
+from casync_updater.cycle.session import Session
 from casync_updater.errors import UpdaterError, exit_code
 from casync_updater.model import Reason, SilentMonitor
 from casync_updater.state import StateFolder
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
             log = entry_log(entry, Reason.START)
             try:
                 with StateFolder(outside.state_dir, entry).locked("recovery", wait=0.0) as lock:
-                    Cycle(entry, outside, SilentMonitor(), lock, log).load_and_recover()
+                    Session(entry, outside, SilentMonitor(), lock, log).load_and_recover()
             except UpdaterError as error:
                 log.error("%s", error)
                 errors.append(error)

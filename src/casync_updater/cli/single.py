@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
 from casync_updater.cli.monitors import monitor_for
-from casync_updater.cycle.cycle import Cycle
+from casync_updater.cycle.operator import Operator
 from casync_updater.model import Entry, Reason
 from casync_updater.state import StateFolder
 
@@ -28,7 +28,7 @@ def add_name_parser(
 
 
 @contextmanager
-def held(arguments: argparse.Namespace) -> Iterator[tuple[Entry, Cycle]]:
+def held(arguments: argparse.Namespace) -> Iterator[tuple[Entry, Operator]]:
     """The entry and its cycle, with the entry's lock held.
 
     Raises:
@@ -41,4 +41,4 @@ def held(arguments: argparse.Namespace) -> Iterator[tuple[Entry, Cycle]]:
         with folder.locked("operator", wait=_PATIENCE) as lock:
             monitor = monitor_for(entry.name, quiet=False)
             log = entry_log(entry, Reason.OPERATOR)
-            yield entry, Cycle(entry, outside, monitor, lock, log)
+            yield entry, Operator(entry, outside, monitor, lock, log)

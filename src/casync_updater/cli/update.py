@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
 from casync_updater.cli.monitors import monitor_for
-from casync_updater.cycle.cycle import Cycle, Surroundings
+from casync_updater.cycle.cycle import Cycle
+from casync_updater.cycle.session import Surroundings
 from casync_updater.cycle.stop import StoppedError
 from casync_updater.errors import BusyError
 from casync_updater.model import Entry, Monitor, Reason, Settings

@@ -141,7 +141,7 @@ def test_the_daemon_imports_nothing_that_only_a_cycle_needs() -> None:
     program = (
         "import sys, casync_updater.cli.run, casync_updater.cli.main;"
         "print([name for name in ('requests', 'debian', 'configobj', 'hashlib', 'ssl',"
-        " 'zstandard', 'tqdm', 'casync_updater.cycle.cycle') if name in sys.modules])"
+        " 'zstandard', 'tqdm', 'casync_updater.cycle.session') if name in sys.modules])"
     )
     shown = subprocess.run(
         [sys.executable, "-c", program],

@@ -12,8 +12,10 @@ import pytest
 import zstandard
 
 from casync_updater.cycle import commit as room
-from casync_updater.cycle.cycle import Cycle, Surroundings
+from casync_updater.cycle.cycle import Cycle
+from casync_updater.cycle.operator import Operator
 from casync_updater.cycle.record import version_differences
+from casync_updater.cycle.session import Surroundings
 from casync_updater.cycle.staging import Site, identity, make_staging, survey
 from casync_updater.cycle.stop import Stop
 from casync_updater.cycle.values import Candidate, Offer, Plan, Staged, Verified
@@ -108,8 +110,9 @@ class World:
             now=77.0,
         )
 
-    def cycle(self) -> Cycle:
-        outside = Surroundings(
+    @property
+    def outside(self) -> Surroundings:
+        return Surroundings(
             settings=Settings(),
             state_dir=self.root / "state",
             cache_dir=self.root / "cache",
@@ -118,7 +121,12 @@ class World:
             runner=self.runner,
             open_source=FakeSource,
         )
-        return Cycle(self.entry, outside, SilentMonitor(), 0, logging.getLogger("test"))
+
+    def cycle(self) -> Cycle:
+        return Cycle(self.entry, self.outside, SilentMonitor(), 0, logging.getLogger("test"))
+
+    def operator(self) -> Operator:
+        return Operator(self.entry, self.outside, SilentMonitor(), 0, logging.getLogger("test"))
 
     def recover(self) -> None:
         self.cycle().load_and_recover()
@@ -472,7 +480,7 @@ def test_a_rollback_that_is_cut_anywhere(tmp_path: Path) -> None:
     seen = set()
     for count in range(1000):
         world = updated(tmp_path / str(count))
-        cut = killed_at(count, lambda: world.cycle().rollback())  # noqa: B023 - called at once
+        cut = killed_at(count, lambda: world.operator().rollback())  # noqa: B023 - called at once
         cycle = world.cycle()
         cycle.load_and_recover()
         version = world.assert_whole()
@@ -491,10 +499,10 @@ def test_a_rollback_that_is_cut_anywhere(tmp_path: Path) -> None:
 
 def test_there_is_one_way_back(tmp_path: Path) -> None:
     world = updated(tmp_path / "world")
-    world.cycle().rollback()
+    world.operator().rollback()
     assert world.assert_whole() == 1
     with pytest.raises(LocalError, match="no previous version"):
-        world.cycle().rollback()
+        world.operator().rollback()
 
 
 def test_a_clock_that_went_back_hides_no_version(tmp_path: Path) -> None:
@@ -504,14 +512,14 @@ def test_a_clock_that_went_back_hides_no_version(tmp_path: Path) -> None:
     world.folder.save(replace(world.state(), installed=late))
     world.commit()
     world.clock.now = 20.0
-    world.cycle().rollback()
+    world.operator().rollback()
     assert world.assert_whole() == 1
 
 
 def test_what_the_entry_preserves_no_more_comes_back_as_well(tmp_path: Path) -> None:
     world = updated(tmp_path / "world")
     world.entry = replace(world.entry, preserve=())
-    world.cycle().rollback()
+    world.operator().rollback()
     assert world.assert_whole() == 1
 
 
@@ -519,7 +527,7 @@ def test_what_is_preserved_now_but_was_in_the_older_version(tmp_path: Path) -> N
     world = updated(tmp_path / "world")
     world.entry = replace(world.entry, preserve=(*PRESERVE, "bin"))
     with pytest.raises(LocalError, match="contains bin"):
-        world.cycle().rollback()
+        world.operator().rollback()
     assert world.state().journal is None
     assert world.assert_whole() == 2
 
@@ -530,7 +538,7 @@ def test_a_kept_version_that_changed_is_not_taken(tmp_path: Path) -> None:
     mtime = (kept / "version").stat().st_mtime_ns
     (kept / "version").write_text("0")
     with pytest.raises(ContentError, match=r"version \(content\)"):
-        world.cycle().rollback()
+        world.operator().rollback()
     (kept / "version").write_text("1")
     os.utime(kept / "version", ns=(0, mtime))
     assert world.assert_whole() == 2
