@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_the_old_state_and_a_lock_to_be_had(tiny: Path) -> No
     folder.save(FULL)
     with pytest.raises(OSError, match="No space left"):
         (tiny / "filler").write_bytes(bytes(1 << 20))
-    with pytest.raises(LocalError, match="state not saved: No space left"):
+    with pytest.raises(LocalError, match="state cannot be saved: No space left"):
         folder.save(replace(FULL, last_error="x" * 100_000))
     assert folder.load() == FULL
     with folder.locked("operator", wait=0):

@@ -233,7 +233,7 @@ def test_a_state_that_cannot_be_saved_drops_no_action(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "a")
     actor, state = stage.actor(), stage.folder.load()
     os.rename(stage.folder.path, tmp_path / "gone")  # noqa: PTH104
-    with pytest.raises(LocalError, match="state not saved"):
+    with pytest.raises(LocalError, match="state cannot be saved"):
         actor.act(state)
     assert stage.runner.started == []
 

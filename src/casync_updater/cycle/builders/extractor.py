@@ -71,6 +71,11 @@ class ExtractBuilder:
         remove(site.new)
         try:
             site.new.mkdir(mode=0o700)
+            # A first install has no old root to take the owner from: it is the parent's, which
+            # new nodes inherit.
+            parent = site.destination.parent.stat()
+            with contextlib.suppress(PermissionError):
+                os.chown(site.new, parent.st_uid, parent.st_gid)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             journal = os.open(_journal(site.new), flags, 0o600)
             try:
