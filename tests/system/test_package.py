@@ -7,6 +7,7 @@ root 28 s, the packages' own tests 35 s, lintian 4 s.
 
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import casync_updater
+from support.webserver import WebServer
 from system.conftest import NEWER
 from system.nspawn import RELEASES, Machine
 from system.repository import SOURCE, Repository, build, configure_apt, serve, serve_packages
@@ -170,6 +172,46 @@ def test_life_of_the_package(
         assert installed("three")
         assert machine.output("systemctl", "list-unit-files", UNIT, "--no-legend") == ""
         assert machine.output("find", "/etc/systemd", "-name", "*casync*") == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("release", RELEASES)
+def test_an_upgrade_in_the_middle_of_a_fetch(
+    release: str, repository: Repository, newer_packages: list[Path], tmp_path: Path
+) -> None:
+    """What was fetched is kept: the newer version goes on where the older one was stopped."""
+    project = Project(tmp_path / "project")
+    (project.source / "large").write_bytes(random.Random(5).randbytes(12_000_000))
+    project.publish("one")
+    chunks = {file.name for file in (project.www / "demo.castr").glob("*/*")}
+    with booted(release, repository, tmp_path) as device:
+        machine = device.machine
+        with WebServer(project.www, host=machine.host) as server:
+            server.fail("*.cacnk", delay=0.8)
+            device.install("casync-updater")
+            entry = {
+                "interval": 2000,
+                "srcIndex": f"{server.url}/demo.caidx",
+                "srcStore": f"{server.url}/demo.castr",
+                "dstPath": "/srv/demo",
+            }
+            machine.write("etc/casync-updater/demo.json", json.dumps(entry))
+            machine.run("systemctl", "reload", UNIT)
+
+            def fetched() -> list[str]:
+                paths = [request.path for request in server.requests if request.status == 200]
+                return [path for path in paths if path.endswith(".cacnk")]
+
+            machine.wait(lambda: len(fetched()) >= 30, "the middle of the fetch")
+            repository.publish(newer_packages)
+            device.install("casync-updater")
+            assert device.version() == NEWER
+            assert len(fetched()) < len(chunks), "the upgrade came too late to show anything"
+            file = machine.root / "srv/demo/version"
+            machine.wait(lambda: file.exists() and file.read_text() == "one", "the whole update")
+            assert device.active(), device.journal()
+            again = len(fetched()) - len(chunks)
+            assert again <= 32, f"{again} of {len(chunks)} chunks were fetched twice"
 
 
 OLD_UNIT = """\
@@ -339,6 +381,22 @@ def test_read_only_root(
 
 # What autopkgtest's own does, as far as the test that runs can see.
 REBOOT = "#!/bin/sh\nsystemctl --no-block poweroff\nsleep 60\n"
+
+
+@pytest.mark.long
+def test_autopkgtest_itself(repository: Repository, tmp_path: Path) -> None:
+    """The null server runs debian/tests in this booted system; it cannot reboot it."""
+    with booted("bookworm", repository, tmp_path) as device:
+        machine = device.machine
+        device.install("autopkgtest", "casync-updater", "casync-updater-server")
+        shutil.copytree(SOURCE / "debian", machine.root / "root/source/debian")
+        done = machine.run(
+            *("autopkgtest", "--no-built-binaries", "--test-name=publish-and-update"),
+            *("/root/source", "--", "null"),
+            check=False,
+            timeout=300,
+        )
+        assert "publish-and-update   PASS" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.long
