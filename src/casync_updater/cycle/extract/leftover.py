@@ -64,6 +64,7 @@ class Leftover:
         self._data: mmap.mmap | bytes = b""
         self.chunks: dict[bytes, tuple[int, int]] = {}
         """The chunks it may have: their ids, and where they began and ended in its stream."""
+        self._root = root
         self._files = TreeFiles(self, root)
         try:
             with journal.open("rb") as file:
@@ -123,12 +124,23 @@ class Leftover:
                 break
             if start + raw_length + size >> 63:
                 break
+            if size:
+                # What was cut off is the last file, usually a large one: its other chunks are
+                # not here, and whoever is sent for them is not fetched ahead.
+                place = at + _NODE.size
+                size = min(size, self._written(bytes(data[place : place + path_length])))
             self._starts.append(start)
             self._ends.append(start + raw_length + size)
             self._places.append(at)
             at = stop
         if self._starts and body <= length:
             self._find_chunks(bytes(data[table:body]))
+
+    def _written(self, path: bytes) -> int:
+        try:
+            return os.stat(path, dir_fd=self._root, follow_symlinks=False).st_size
+        except OSError:
+            return 0
 
     def _find_chunks(self, table: bytes) -> None:
         """Note the chunks that lie in nodes of the journal without a gap."""
