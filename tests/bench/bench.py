@@ -111,6 +111,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     print(flush=True)
 
 
+def versions() -> str:
+    """Of the peers, as Debian counts them."""
+    argv = ["dpkg-query", "--show", "--showformat=${Package} ${Version}, "]
+    argv += ["casync", "rsync", "ostree"]
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.rstrip(", ")
+
+
 def megabytes(count: float) -> str:
     return f"{count / MB:.1f} MB"
 
@@ -391,7 +398,7 @@ def main() -> None:
                 f"Link: {1000 * found['round_trip']:.1f} ms, {found['rate'] / 1e6:.1f} Mbit/s"
                 f" of payload. Tree: {plan.files:,} files, {plan.total // MB} MB,"
                 f" {plan.changed} of them changed. {os.cpu_count()} processors,"
-                f" median of {plan.runs}.\n",
+                f" median of {plan.runs}. {versions()}.\n",
                 flush=True,
             )
             bench = Bench(here, plan)

@@ -221,4 +221,6 @@ def publish(here: Lab, name: str, version: int) -> None:
         f' "source": "{here.sources / name}", "version": "{version}"}}'
     )
     argv = [sys.executable, "-m", "casync_updater.server", str(config)]
-    subprocess.run(argv, check=True, env=here.environment, stdout=subprocess.DEVNULL)
+    done = subprocess.run(argv, env=here.environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"bench: {name} was not published:\n{done.stderr}")
