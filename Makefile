@@ -38,7 +38,7 @@ TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps pyth
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
 SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap nftables \
-	systemd-container
+	qemu-system-common systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -63,7 +63,7 @@ endef
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: deps
 deps: ## Install what running, building and testing take (apt only)
@@ -115,6 +115,27 @@ venv: ## For developers: the pinned ruff in build/venv (from PyPI)
 demo: deps ## A publisher, a web server and a client, working together before your eyes
 	@$(call install,$(DEMO_PACKAGES))
 	PYTHONPATH=src $(PYTHON) tests/demo/demo.py
+
+# The long forms; short ones are among the tests. SEED and COUNT choose another run.
+SEED        ?= 1
+campaign     = PYTHONPATH=src:tests $(PYTHON) tests/campaigns/$(1).py --seed $(SEED) \
+	--count $(or $(COUNT),$(2))
+
+.PHONY: campaign-kill
+campaign-kill: deps ## SIGKILL at every step by name, then at random instants (about an hour)
+	@$(call campaign,kill,2000)
+
+.PHONY: campaign-power
+campaign-power: deps ## Power cuts on a disk that remembers its writes (root; qemu-system-common)
+	@$(call campaign,power,200)
+
+.PHONY: campaign-enospc
+campaign-enospc: deps ## Full disks, before and in the middle of updates (root)
+	@$(call campaign,space,120)
+
+.PHONY: campaign-server
+campaign-server: deps ## A web server that fails half of all requests
+	@$(call campaign,server,44)
 
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)

@@ -9,7 +9,8 @@
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
                                  .signed (empty) where a signature of that was verified,
-                                 .mtree.zst the manifest of the tree
+                                 .record what the own extractor knows of the tree, or else
+                                 .mtree.zst its manifest
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
 The companions of a version are written and synced before the state that names them, so a state
@@ -29,6 +30,7 @@ from pathlib import Path
 from casync_updater import codec
 from casync_updater.errors import BusyError, ContentError, LocalError
 from casync_updater.files import write_atomic
+from casync_updater.formats.record import Window
 from casync_updater.model import Entry, Identity, Installed, Mark
 
 FORMAT = 1
@@ -178,6 +180,8 @@ class State:
     """It was said that the backup's folder is not there."""
     backup_seen: str | None = None
     """What a backup drive looked like when all of it was found right."""
+    windows: tuple[Window, ...] = ()
+    """When this program itself touched inodes of the installed tree; see `formats.record`."""
     newest_date: float | None = None
     """The newest Date of any verified release: a lower bound for the clock."""
 
@@ -234,6 +238,10 @@ class StateFolder:
     def release(self, installed: Installed) -> Path:
         """The text of a version's release, as published."""
         return self._version(installed, ".release")
+
+    def record(self, installed: Installed) -> Path:
+        """What the project's own extractor knows of a version's tree."""
+        return self._version(installed, ".record")
 
     def manifest(self, installed: Installed) -> Path:
         """The manifest of a version: mtree lines, zstd."""

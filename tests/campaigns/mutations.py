@@ -126,7 +126,7 @@ class Campaign:
         device.source = location(self.world.sites[3])
         again = device.cycle()
         assert self._version(device, story) == 3, f"{story}: then {again} {device.log}"
-        if again.exit != 4:
+        if "drive" in where and again.exit not in (0, 4):
             assert device.cycle().exit == 0, f"{story}: the drive was not mended: {device.log}"
 
     def _version(self, device: Device, story: str) -> int:

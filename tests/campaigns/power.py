@@ -66,8 +66,10 @@ class PowerCampaign:
             current, old = world.promise_update(current, new), current
             arrival = [line for line in world.expected[before:] if f">{new} " in line]
             self._promised[new] = [*world.expected[:before], *arrival]
-            for _ in range(2):
-                world.run("update", killer=self._killer)
+            for attempt in range(2):
+                code, said = world.run("update", killer=self._killer)
+                failed = number == 2 and attempt == 0
+                demand(code == int(failed), f"while recording: exit code {code}: {said}")
                 self._mark()
             if number == 0:
                 world.preserve()

@@ -146,11 +146,14 @@ class RecordedDisk:
                 done = instant
                 durable.flush()
                 style = STYLES[number % len(STYLES)]
-                image = self._folder / "crashed.img"
+                # A name of its own: mount would use the loop device of the last one again while
+                # that is being detached, with what was cached of it.
+                image = self._folder / f"crashed-{number}.img"
                 _run("cp", "--sparse=always", self._base, image)
                 with image.open("r+b") as disk:
                     _apply(log, disk, pending, style, rng)
                 yield CrashState(image, number, style, mark)
+                image.unlink()
 
     def _demand_whole(self, log: BinaryIO, entries: list[Entry]) -> None:
         """A guard for the recording itself: replayed as a whole, the log gives the disk."""

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class World:
     in_place: bool = False
     device: Path | None = None
     """Where the appliance lives, a mounted file system say."""
+    serve: Callable[[Path], WebServer] = WebServer
     versions: dict[str, Version] = field(default_factory=dict)
     expected: list[str] = field(default_factory=list)
     """The lines that the actions must have written."""
@@ -98,7 +100,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.site = Site(self.folder / "publisher", version="0")
-        self.server = WebServer(self.site.root)
+        self.server = self.serve(self.site.root)
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir()
         home = self.device or self.folder / "appliance"

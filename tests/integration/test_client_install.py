@@ -86,9 +86,11 @@ def test_the_marks_of_the_last_test_can_be_made(appliance: Appliance, tmp_path: 
     """The counter-test: an install does start programs, and a verification opens files."""
     mark = tmp_path / "started"
     appliance.environment["PATH"] = empty_path(tmp_path / "path", mark)
+    appliance.entry["apply"] = "in-place"
     assert appliance.update(code=1)["outcome"] == "failed"
     assert "casync" in mark.read_text()
     appliance.environment.clear()
+    del appliance.entry["apply"]
     appliance.update()
     with watch(appliance.destination) as watching:
         appliance.verify()
@@ -412,17 +414,24 @@ class TestPreserve:
         assert self.inodes(appliance) == before
 
 
-def test_hard_links_between_versions_are_never_written_through(
+def test_a_file_written_in_place_is_written_in_the_kept_version_too(
     site: Site, appliance: Appliance
 ) -> None:
-    """A kept version stays what it was when the new one is written to."""
+    """Unchanged files are one inode in both versions, so a rollback looks at each byte first."""
     appliance.update()
     mutate_tree(site.source, 2)
     site.publish()
     appliance.update()
     (kept,) = appliance.staging.glob("previous-*")
-    before = snapshot(kept)
-    for path in appliance.destination.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.write_text("overwritten in place")
-    assert snapshot(kept) == before
+    shared = next(
+        path
+        for path in appliance.destination.rglob("*")
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1
+    )
+    name = shared.relative_to(appliance.destination)
+    assert (kept / name).stat().st_ino == shared.stat().st_ino
+    shared.write_text("overwritten in place")
+    refused = appliance.run("rollback", appliance.name, code=4)
+    assert "the kept version is not what was installed" in refused.stderr
+    assert appliance.update("--reason", "start")["message"].startswith("repaired")
+    assert (appliance.destination / name).read_bytes() == (site.source / name).read_bytes()

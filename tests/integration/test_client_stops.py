@@ -78,6 +78,7 @@ def test_nothing_is_left_running(site: Site, appliance: Appliance) -> None:
     """casync ends with the client, also when that is killed."""
     site.write("more", random.Random(3).randbytes(30_000_000))
     site.publish()
+    appliance.entry["apply"] = "in-place"
     with appliance.start("update") as process:
         deadline = time.monotonic() + 30
         while not (found := _children(process.pid, "casync")):
@@ -200,6 +201,7 @@ class TestRollback:
         updated(site, "2.0")
         appliance.update()
         (kept,) = appliance.staging.glob("previous-*")
+        (kept / "bin" / "tool").unlink()
         (kept / "bin" / "tool").write_text("changed by hand")
         before = snapshot(appliance.destination)
         done = appliance.run("rollback", "tree", code=4)

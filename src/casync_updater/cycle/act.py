@@ -73,9 +73,6 @@ def promise(
     ``CASYNC_UPDATER_ENTRY``, ``_OLD_VERSION`` and ``_NEW_VERSION`` (empty where unknown),
     ``_REASON``, and ``_CHANGES``: a file with one line per changed path, ``added``, ``changed``
     or ``removed``, a space, and the path with unprintable bytes as ``\ooo``.
-
-    Raises:
-        OSError: the list of changed paths could not be written.
     """
     commands = tuple(commands)
     # Of a commit that failed; nothing is pending when something is promised.

@@ -168,7 +168,7 @@ class Checker:
             keyrings=self._entry.signed_by or (self._settings.keyrings,),
             signature=bool(signature),
             project=self._entry.project,
-            now=self._now(signed=True).time,
+            now=self._now().time,
         )
 
     def _ask_legacy(self, origin: Origin, source: Source) -> Candidate:
@@ -204,10 +204,9 @@ class Checker:
             )
         return document.body, document.where
 
-    def _now(self, *, signed: bool) -> BestClock:
-        """The best clock; for what is signed, nothing unsigned is evidence of the time."""
-        known = self.state.newest_date if self.state.signed_mark or not signed else None
-        return best_clock(self._clock.time(), known, BUILD_DATE)
+    def _now(self) -> BestClock:
+        """The best clock; nothing unsigned is evidence of the time (see `accepted`)."""
+        return best_clock(self._clock.time(), self.state.newest_date, BUILD_DATE)
 
     def _judge(self, candidate: Candidate) -> UpToDate | Newer:
         if candidate.release is None:
@@ -228,7 +227,7 @@ class Checker:
                 )
         same = installed is not None and installed.digest == release.digest
         bad = any(release.digest == one.digest for one in self.state.bad)
-        now = self._now(signed=candidate.signed)
+        now = self._now()
         if not same and not bad and freshness(release, now) is Freshness.EXPIRED:
             raise TrustError(
                 "expiry",

@@ -92,6 +92,10 @@ def commit(
             zstandard.compress(verified.manifest) if verified.manifest else None,
             signed=plan.offer.candidate.signed,
         )
+        if verified.staged.built is not None:
+            verified.staged.built.record.save(folder.record(installed))
+            # Nothing has touched the inodes of the new tree since they were recorded.
+            state = replace(state, windows=())
         syscalls.sync_file_system(verified.staged.tree)
         if site.apply is Apply.ATOMIC:
             journal = Journal(

@@ -6,6 +6,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +17,17 @@ from casync_updater import trust
 from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
-from casync_updater.cycle.build import CasyncBuilder
+from casync_updater.cycle.builders.casync import CasyncBuilder
+from casync_updater.cycle.builders.extractor import ExtractBuilder
 from casync_updater.cycle.check import Checker, by_hash, load
+from casync_updater.cycle.extract import supported
 from casync_updater.cycle.mirror import Condition, Mirror, Mirrored, present
 from casync_updater.cycle.plan import lacking, plan
 from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
-from casync_updater.cycle.staging import Site, identity, remove, survey, sweep
+from casync_updater.cycle.staging import Site, garbage, identity, remove, survey
 from casync_updater.cycle.stop import Stop, StoppedError
 from casync_updater.cycle.tree import Difference, archive_digest, differences
-from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
+from casync_updater.cycle.values import Builder, Candidate, Checked, Newer, Offer, Plan, UpToDate
 from casync_updater.cycle.verify import verify
 from casync_updater.errors import (
     BusyError,
@@ -38,6 +41,7 @@ from casync_updater.errors import (
 )
 from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
+from casync_updater.formats.record import Window, file_system_time
 from casync_updater.model import (
     Apply,
     Changes,
@@ -67,6 +71,7 @@ from casync_updater.state import (
 )
 from casync_updater.tools import casync
 from casync_updater.tools.actions import ActionRunner
+from casync_updater.tools.inhibitor import shutdown_inhibited
 from casync_updater.trust import unwrap
 
 
@@ -608,32 +613,34 @@ class Cycle:
         """plan, build, verify, commit, act: the commands that ran."""
         version = offer.candidate.version
         self._monitor.step(Step.PLAN, version)
-        planned = plan(
-            offer,
-            site,
-            self._state,
-            self._folder,
-            spool=self._spool,
-            preserve=self._entry.preserve,
-        )
-        if site.why is not None:
-            self._log.warning(
-                "%s is updated in place, which is not atomic: %s", site.destination, site.why
+        with contextlib.ExitStack() as shield, contextlib.ExitStack() as stack:
+            planned = plan(
+                offer,
+                site,
+                self._state,
+                self._folder,
+                spool=self._spool,
+                preserve=self._entry.preserve,
+                stack=stack,
             )
-        with contextlib.ExitStack() as shield:
+            if site.why is not None:
+                self._log.warning(
+                    "%s is updated in place, which is not atomic: %s", site.destination, site.why
+                )
             self._monitor.step(Step.BUILD, version)
-            builder = CasyncBuilder(self._spool, self._monitor, self._lock)
 
             def begin() -> None:
                 shield.enter_context(self._outside.stop.shielded())
+                shield.enter_context(shutdown_inhibited(f"{site.destination} is being updated"))
                 self._state = commit.begin_in_place(
                     self._state, self._folder, self._installed(offer, "")
                 )
 
             with self._chunks(offer, checked) as chunks:
-                staged = builder.build(planned, chunks, begin)
+                staged = self._builder(planned).build(planned, chunks, begin)
             self._monitor.step(Step.VERIFY, version)
-            verified = verify(staged, self._entry.preserve)
+            full = self._settings.daemon.full_digest
+            verified = verify(staged, self._entry.preserve, full=full)
             self._monitor.step(Step.COMMIT, version)
             with self._outside.stop.shielded():
                 installed = self._installed(offer, verified.digest)
@@ -664,6 +671,15 @@ class Cycle:
             len(verified.changes.removed),
         )
         return self._act(version)
+
+    def _builder(self, planned: Plan) -> Builder:
+        """The own extractor wherever it can; who else is never chosen silently."""
+        if planned.extract is not None:
+            return ExtractBuilder(self._monitor)
+        reason = supported(planned.offer.index) if planned.offer.is_archive else None
+        if reason is not None:
+            self._log.info("%s", reason)
+        return CasyncBuilder(self._spool, self._monitor, self._lock)
 
     def _act(self, version: str | None = None) -> tuple[str, ...]:
         """Run what is pending."""
@@ -809,7 +825,29 @@ class Cycle:
             self._folder.save(self._state)
         remove(self._spool.parent)
         self._folder.forget_versions(self._state)
-        sweep(site, {kept.folder for kept in self._state.previous}, self._entry.preserve)
+        named = {kept.folder for kept in self._state.previous}
+        if found := garbage(site, named, self._entry.preserve):
+            with self._own_touch(site):
+                for path in found:
+                    remove(path)
+
+    @contextlib.contextmanager
+    def _own_touch(self, site: Site) -> Iterator[None]:
+        """Remember when trees were removed that share inodes with the installed one.
+
+        Their ctimes change with that; see `formats.record`, "When a file of the tree is trusted".
+        """
+        if site.apply is Apply.IN_PLACE or not site.destination.is_dir():
+            yield
+            return
+        root = os.open(site.destination, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            begin = file_system_time(root)
+            yield
+            window = Window(begin, file_system_time(root))
+            self._state = replace(self._state, windows=(*self._state.windows, window))
+        finally:
+            os.close(root)
 
     @contextlib.contextmanager
     def _chunks(self, offer: Offer, checked: Checked) -> Iterator[Chunks]:

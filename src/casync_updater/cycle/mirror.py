@@ -22,8 +22,7 @@ import zstandard
 
 from casync_updater import syscalls, trust
 from casync_updater.cycle.demands import SLOTS, Demands, Slots, Vouched, read_slots
-from casync_updater.cycle.tree import cut
-from casync_updater.cycle.values import Chunks
+from casync_updater.cycle.record import kept_manifest, kept_pieces
 from casync_updater.errors import ContentError, LocalError, RemoteError, SpaceError
 from casync_updater.files import write_atomic
 from casync_updater.formats import index as index_format
@@ -39,7 +38,7 @@ from casync_updater.model import (
     Release,
 )
 from casync_updater.release import parse_release
-from casync_updater.sources.base import Source
+from casync_updater.sources.base import Chunks, Source
 from casync_updater.state import StateFolder
 
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -94,6 +93,7 @@ class Mirrored:
 class _Version:
     """What a complete drive holds: the parts of the installed version."""
 
+    installed: Installed
     index: Index
     index_bytes: bytes
     digest: str
@@ -197,6 +197,7 @@ class Mirror:
         data = file.read_bytes()
         text = kept.read_bytes() if kept.exists() else None
         return _Version(
+            installed,
             index_format.parse(data, str(file)),
             data,
             installed.digest,
@@ -384,9 +385,8 @@ class Mirror:
         """The chunks that are lacking: from the tree first, the rest from the sources."""
         wanted = dict(lacking)
         if wanted:
-            for ref, piece in cut(tree, version.index):
-                if ref.id in wanted and version.index.chunk_id(piece) == ref.id:
-                    yield wanted.pop(ref.id), piece
+            for ref, piece in kept_pieces(self._folder, version.installed, tree, lacking):
+                yield wanted.pop(ref.id), piece
         if wanted:
             yield from chunks.stream(tuple(wanted.values()))
 
@@ -437,12 +437,13 @@ class Mirror:
         published: Callable[[FileRef], bytes],
     ) -> bytes | None:
         """The publisher's own bytes; casync makes the same ones of the same tree, usually."""
-        file = self._folder.manifest(installed)
-        kept = zstandard.decompress(file.read_bytes()) if file.exists() else None
-        if release is None:
-            return kept
-        if release.mtree is None:
+        if release is not None and release.mtree is None:
             return None
+        kept = None
+        with contextlib.suppress(ContentError):
+            kept = kept_manifest(self._folder, installed)
+        if release is None or release.mtree is None:
+            return kept or None
         if kept is not None and hashlib.sha256(kept).hexdigest() == release.mtree.sha256:
             return kept
         there = self._by_hash(release.mtree.sha256)

@@ -2,14 +2,20 @@
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from casync_updater import syscalls
+from casync_updater.cycle.builders.extractor import leftovers
+from casync_updater.cycle.extract import plan_extract, rebuild_record, supported
 from casync_updater.cycle.record import kept_index, kept_manifest
 from casync_updater.cycle.staging import Site, identity, mounts_below
 from casync_updater.cycle.values import Offer, Plan
 from casync_updater.errors import ContentError, LocalError, SpaceError
+from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
+from casync_updater.formats.record import Record, load
 from casync_updater.model import Apply, ChunkRef, Installed
 from casync_updater.state import State, StateFolder
 from casync_updater.tools import casync
@@ -26,6 +32,7 @@ def plan(
     *,
     spool: Path,
     preserve: tuple[str, ...],
+    stack: contextlib.ExitStack,
 ) -> Plan:
     """Compare an offer with what the destination has, and make sure that it fits.
 
@@ -36,6 +43,7 @@ def plan(
         folder: has that version's index.
         spool: where fetched chunks wait for the builder.
         preserve: paths in the destination that no archive has anything to do with.
+        stack: closes what the plan holds open, when the new tree is built.
 
     Raises:
         LocalError: preserved paths in a destination that cannot be exchanged, or a mount point.
@@ -52,19 +60,107 @@ def plan(
             " deleted or leave with the old tree: mount it elsewhere"
         )
     old = _known(offer, site, state)
-    have: frozenset[bytes] = frozenset()
-    if old is not None:
-        try:
-            have = frozenset(ref.id for ref in kept_index(folder, old))
-        except ContentError:
-            old = None
-    before = _before(offer, site, old or _cut_off(state), folder, preserve)
-    fetch = lacking(offer, have)
-    size = sum(ref.size for ref in fetch)
-    space = offer.index.size if site.apply is Apply.ATOMIC else size
-    result = Plan(offer, site, old, before, fetch, size, space)
+    if offer.is_archive and site.apply is Apply.ATOMIC and supported(offer.index) is None:
+        result = _extraction(offer, site, old, _Kept(state, folder, spool), stack)
+    else:
+        have: frozenset[bytes] = frozenset()
+        if old is not None:
+            try:
+                have = frozenset(ref.id for ref in kept_index(folder, old))
+            except ContentError:
+                old = None
+        before = _before(offer, site, old or _cut_off(state), folder, preserve)
+        fetch = lacking(offer, have)
+        size = sum(ref.size for ref in fetch)
+        space = offer.index.size if site.apply is Apply.ATOMIC else size
+        result = Plan(offer, site, old, before, fetch, size, space)
     _demand_space(result, spool)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of an entry: its state, the folder of that, and where chunks wait."""
+
+    state: State
+    folder: StateFolder
+    spool: Path
+
+
+def _extraction(
+    offer: Offer,
+    site: Site,
+    old: Installed | None,
+    kept: "_Kept",
+    stack: contextlib.ExitStack,
+) -> Plan:
+    """A plan for the project's own extractor, with the record of what is in the destination."""
+    root, record = -1, None
+    if site.destination.exists():
+        root = os.open(site.destination, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, root)
+        record = _kept_record(site, old, kept.folder, root)
+        if record is None and any(site.destination.iterdir()):
+            record = _surveyed(offer, site, kept.spool, root)
+    extract = plan_extract(
+        offer.index,
+        record,
+        root,
+        windows=kept.state.windows if old is not None else (),
+        leftovers=leftovers(site, stack),
+    )
+    return Plan(
+        offer,
+        site,
+        old,
+        b"",
+        tuple(extract.refs()),
+        extract.fetch_bytes,
+        extract.write_bytes,
+        extract,
+    )
+
+
+def _kept_record(
+    site: Site, old: Installed | None, folder: StateFolder, root: int
+) -> Record | None:
+    """The record of the installed version; made again from the tree where it was lost."""
+    if old is None:
+        return None
+    with contextlib.suppress(ContentError):
+        record = load(folder.record(old))
+        if record is not None:
+            return record
+        index = kept_index(folder, old)
+        if supported(index) is None:
+            with casync.stream_archive(site.destination, flags=index.flags) as pieces:
+                return rebuild_record(index, pieces, root)
+    return None
+
+
+def _surveyed(offer: Offer, site: Site, spool: Path, root: int) -> Record | None:
+    """The record of a tree that nothing is known of: an image brought it, or it drifted.
+
+    casync cuts it into chunks as it would the new archive, so that what both have is taken over.
+    """
+    index = offer.index
+    spool.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=spool.parent, prefix="seed-") as name:
+        seed = Path(name) / "seed.caidx"
+        casync.make(
+            seed,
+            site.destination,
+            store=Path(name) / "seed.castr",
+            flags=index.flags,
+            chunk_size=index.chunk_size_option,
+        )
+        found = index_format.parse(seed.read_bytes(), str(seed))
+    try:
+        with casync.stream_archive(site.destination, flags=index.flags) as pieces:
+            return rebuild_record(found, pieces, root)
+    except ContentError:
+        # Somebody writes to the tree at this moment: everything is fetched.
+        return None
 
 
 def lacking(offer: Offer, have: frozenset[bytes]) -> tuple[ChunkRef, ...]:

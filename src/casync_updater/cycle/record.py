@@ -1,17 +1,21 @@
 """What the state kept of a version, and whether a tree still is that version."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import zstandard
 
-from casync_updater.cycle.tree import Difference, archive_digest, differences
+from casync_updater.cycle.extract.tree import TreeFiles
+from casync_updater.cycle.tree import Difference, archive_digest, cut, differences
 from casync_updater.errors import ContentError
 from casync_updater.formats import index as index_format
 from casync_updater.formats import mtree
+from casync_updater.formats import record as record_format
 from casync_updater.formats.index import Index
-from casync_updater.model import Entry, Installed
+from casync_updater.formats.manifest import manifest
+from casync_updater.model import ChunkRef, Entry, Installed
 from casync_updater.state import StateFolder
 
 
@@ -36,7 +40,11 @@ def kept_manifest(folder: StateFolder, installed: Installed) -> bytes:
 
     Raises:
         ContentError: they are gone, or damaged.
+        LocalError: they cannot be read.
     """
+    record = record_format.load(folder.record(installed))
+    if record is not None:
+        return manifest(record)
     file = folder.manifest(installed)
     try:
         return zstandard.decompress(file.read_bytes())
@@ -44,6 +52,44 @@ def kept_manifest(folder: StateFolder, installed: Installed) -> bytes:
         raise ContentError(f"{file} cannot be read: {error.strerror}") from error
     except zstandard.ZstdError as error:
         raise ContentError(f"{file} is damaged: {error}") from error
+
+
+def kept_pieces(
+    folder: StateFolder, installed: Installed, tree: Path, wanted: Collection[bytes]
+) -> Iterator[tuple[ChunkRef, bytes]]:
+    """Chunks of a version, made again from its tree; verified, and only those it still has.
+
+    Args:
+        folder: has the version's record, usually; without one casync reads the whole tree.
+        installed: the version.
+        tree: where it stands.
+        wanted: the ids of the chunks.
+
+    Raises:
+        ContentError: what was kept of the version is gone, or damaged.
+        LocalError: the tree cannot be read.
+    """
+    index = kept_index(folder, installed)
+    record = record_format.load(folder.record(installed))
+    pieces = cut(tree, index) if record is None else _recorded_pieces(record, tree, wanted)
+    missing = set(wanted)
+    for ref, data in pieces:
+        if ref.id in missing and index.chunk_id(data) == ref.id:
+            missing.discard(ref.id)
+            yield ref, data
+
+
+def _recorded_pieces(
+    record: record_format.Record, tree: Path, wanted: Collection[bytes]
+) -> Iterator[tuple[ChunkRef, bytes]]:
+    root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with TreeFiles(record, root) as files:
+            for ref in record.index:
+                if ref.id in wanted:
+                    yield ref, files.stream(ref.start, ref.start + ref.size) or b""
+    finally:
+        os.close(root)
 
 
 def kept_nodes(folder: StateFolder, installed: Installed) -> Iterator[mtree.Node]:

@@ -157,21 +157,21 @@ def identity(path: Path) -> Identity | None:
     return Identity(status.st_dev, status.st_ino)
 
 
-def sweep(site: Site, stay: Collection[str], preserve: Collection[str]) -> None:
-    """Remove what nobody needs any more from the staging folder: all trees but the named ones.
+def garbage(site: Site, stay: Collection[str], preserve: Collection[str]) -> tuple[Path, ...]:
+    """What nobody needs any more in the staging folder: all trees but the named ones.
 
     A tree that still holds something of the device stays as well: a power cut, and a state that
     was lost with it, must not cost the only copy.
-
-    Raises:
-        LocalError: something cannot be removed.
     """
-    if site.staging.is_dir():
-        for path in site.staging.iterdir():
-            if path == site.token_file or path.name in stay:
-                continue
-            if not any(os.path.lexists(path / kept) for kept in preserve):
-                remove(path)
+    if not site.staging.is_dir():
+        return ()
+    return tuple(
+        path
+        for path in site.staging.iterdir()
+        if path != site.token_file
+        and path.name not in stay
+        and not any(os.path.lexists(path / kept) for kept in preserve)
+    )
 
 
 def remove(path: Path) -> None:

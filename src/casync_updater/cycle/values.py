@@ -1,16 +1,17 @@
 """What the rooms of the cycle hand to each other."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from casync_updater.cycle.demands import Demands
+from casync_updater.cycle.extract import Extracted, ExtractPlan
 from casync_updater.cycle.staging import Site
 from casync_updater.errors import UpdaterError
 from casync_updater.formats.index import Index
 from casync_updater.model import Apply, Changes, ChunkRef, Installed, Origin, Release
-from casync_updater.sources.base import Source
+from casync_updater.sources.base import Chunks, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class Plan:
             id once.
         fetch_size: the sum of their sizes.
         space: bytes that the destination's file system must have free.
+        extract: what the project's own extractor decided; None where casync builds.
     """
 
     offer: Offer
@@ -127,6 +129,7 @@ class Plan:
     fetch: tuple[ChunkRef, ...]
     fetch_size: int
     space: int
+    extract: ExtractPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class Staged:
     """The new tree, complete, beside the destination (or in it, where it is in place)."""
 
     plan: Plan
+    built: Extracted | None = None
+    """What the project's own extractor found out; None where casync built."""
 
     @property
     def tree(self) -> Path:
@@ -149,7 +154,7 @@ class Verified:
     Attributes:
         staged: the tree.
         digest: the archive digest that the tree was found to have.
-        manifest: its mtree lines.
+        manifest: its mtree lines; empty where there is a record instead.
         changes: what differs from the version before.
     """
 
@@ -157,21 +162,6 @@ class Verified:
     digest: str
     manifest: bytes
     changes: Changes = field(default_factory=Changes)
-
-
-class Chunks(Protocol):
-    """Verified chunks, from wherever they are nearest."""
-
-    def get(self, ref: ChunkRef) -> bytes:
-        """The bytes of one chunk.
-
-        Raises:
-            ContentError: no source has the right bytes.
-            RemoteError: no source can be reached.
-        """
-
-    def stream(self, wanted: Iterable[ChunkRef]) -> Iterator[tuple[ChunkRef, bytes]]:
-        """The bytes of many chunks, in the order asked for, fetched ahead side by side."""
 
 
 class Builder(Protocol):

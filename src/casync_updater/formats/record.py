@@ -55,8 +55,8 @@ from casync_updater.formats.index import Index
 DIRECTORY, END, FILE, LINK, SPECIAL = range(1, 6)
 """What a node is; END is a directory's GOODBYE."""
 
-DIGEST_SIZE = 16
-"""Bytes kept of the digest of a file's content: enough against a second preimage."""
+DIGEST_SIZE = 32
+"""Bytes of the digest of a file's content; casync's mtree shows all of them."""
 
 _BLOCK_BITS = 18
 _BLOCK = 1 << _BLOCK_BITS

@@ -2,12 +2,12 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from casync_updater.errors import ContentError, MissingError
-from casync_updater.model import FileRef, Location
+from casync_updater.model import ChunkRef, FileRef, Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,21 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Give connections back."""
+
+
+class Chunks(Protocol):
+    """Verified chunks, from wherever they are nearest."""
+
+    def get(self, ref: ChunkRef) -> bytes:
+        """The bytes of one chunk.
+
+        Raises:
+            ContentError: no source has the right bytes.
+            RemoteError: no source can be reached.
+        """
+
+    def stream(self, wanted: Iterable[ChunkRef]) -> Iterator[tuple[ChunkRef, bytes]]:
+        """The bytes of many chunks, in the order asked for, fetched ahead side by side."""
 
 
 def shown(address: str) -> str:

@@ -115,9 +115,12 @@ def test_what_an_action_finds_in_its_environment(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     assert promised(stage.folder) == ()
     assert list(stage.folder.actions.iterdir()) == []
+    others = {action.id for action in promised(stage.folder, "same", since=6.0)}
     first, second = promised(stage.folder, "same", "same")
     assert first.id != second.id
-    assert first.id not in {action.id for action in promised(stage.folder, "same", since=6.0)}
+    assert first.id not in others
+    # What was promised for a commit that then failed leaves nothing.
+    assert len(list(stage.folder.actions.iterdir())) == 1
     assert first.timeout == 7.0
     env = dict(first.env)
     listing = env.pop("CASYNC_UPDATER_CHANGES")
@@ -128,6 +131,12 @@ def test_what_an_action_finds_in_its_environment(tmp_path: Path) -> None:
         "CASYNC_UPDATER_REASON": "media",
     }
     assert Path(listing).read_text() == "added a\\040b\nchanged c\\012\nremoved \\377\n"
+    # The list of a promise that was never kept goes with the next one.
+    (other,) = promised(stage.folder, "same", since=6.0)
+    assert other.id not in (first.id, second.id)
+    assert [str(path) for path in stage.folder.actions.iterdir()] == [
+        dict(other.env)["CASYNC_UPDATER_CHANGES"]
+    ]
 
 
 def test_actions_run_one_after_the_other(tmp_path: Path) -> None:

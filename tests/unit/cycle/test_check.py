@@ -343,7 +343,8 @@ def test_an_entry_that_accepted_a_signature_needs_one(maker: KeyMaker, keyring: 
     desk.source.documents = {".cks": digest(6).encode()}
     with pytest.raises(RemoteError):
         desk.check()
-    assert isinstance(desk.check(accept_legacy=True).outcome, Newer)
+    with pytest.raises(TrustError):
+        desk.check(accept_legacy=True)
 
 
 @pytest.mark.parametrize("how", ["entry", "settings"])
@@ -391,7 +392,7 @@ def test_answers_of_two_places_are_two_answers() -> None:
     desk.backup.etags[".release"] = "same"
     desk.publish(release(6), where=desk.backup)
     assert desk.newer() == "v6"
-    assert desk.backup.asked == [(".release", None)]
+    assert (".release", "same") not in desk.backup.asked
 
 
 def test_any_bytes_are_stored_as_they_are(maker: KeyMaker, keyring: Path) -> None:

@@ -155,6 +155,11 @@ def test_a_tree_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", str(tree)], check=True)
 
 
+def test_what_cannot_be_removed_is_named() -> None:
+    with pytest.raises(LocalError, match=r"^/proc/self/comm cannot be removed: "):
+        remove(Path("/proc/self/comm"))
+
+
 def test_what_is_immutable_is_removed_as_well(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "folder").mkdir(parents=True)

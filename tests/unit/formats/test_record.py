@@ -9,7 +9,15 @@ from casync_updater.errors import ContentError, LocalError
 from casync_updater.formats import record as record_format
 from casync_updater.formats.archive import Decoder, Memory
 from casync_updater.formats.index import Index
-from casync_updater.formats.record import END, FILE, Record, RecordWriter, Window, kind_of
+from casync_updater.formats.record import (
+    DIGEST_SIZE,
+    END,
+    FILE,
+    Record,
+    RecordWriter,
+    Window,
+    kind_of,
+)
 
 DATA = b"0123456789" * 50
 STREAM = folder(
@@ -30,7 +38,7 @@ def record() -> Record:
         kind = kind_of(node.mode) if node.mode else END
         writer.add(node, kind)
         if kind == FILE:
-            writer.digest(b"D" * 16)
+            writer.digest(b"D" * DIGEST_SIZE)
             feed.position += node.size
         if not decoder.frames:
             return writer.finish()

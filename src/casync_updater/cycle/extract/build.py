@@ -32,7 +32,6 @@ from casync_updater.cycle.extract.tree import (
     open_file,
     read_exactly,
 )
-from casync_updater.cycle.values import Chunks
 from casync_updater.errors import ContentError, LocalError, SpaceError
 from casync_updater.formats.archive import (
     HEADER,
@@ -43,7 +42,6 @@ from casync_updater.formats.archive import (
     Node,
 )
 from casync_updater.formats.record import (
-    DIGEST_SIZE,
     DIRECTORY,
     END,
     FILE,
@@ -55,6 +53,7 @@ from casync_updater.formats.record import (
     kind_of,
 )
 from casync_updater.model import Changes, Progress
+from casync_updater.sources.base import Chunks
 
 _HOLE = 4096
 """Zeros of at least this many bytes, a whole chunk of them, are left out of the new file."""
@@ -479,7 +478,7 @@ class _Builder:
                 if file >= 0:
                     os.close(file)
         self._files += 1
-        return digest.digest()[:DIGEST_SIZE]
+        return digest.digest()
 
     def _old_unchanged(self, old: int, file: int) -> bool:
         assert self._old is not None

@@ -11,7 +11,6 @@ from casync_updater.errors import ContentError
 from casync_updater.formats.archive import Decoder
 from casync_updater.formats.index import Index
 from casync_updater.formats.record import (
-    DIGEST_SIZE,
     END,
     FILE,
     Record,
@@ -54,7 +53,7 @@ def rebuild_record(
                 data = stream.some(left)
                 digest.update(data)
                 left -= len(data)
-            writer.digest(digest.digest()[:DIGEST_SIZE])
+            writer.digest(digest.digest())
         progress(stream.position)
         if not decoder.frames:
             break

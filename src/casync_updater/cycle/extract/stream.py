@@ -6,9 +6,9 @@ import os
 from casync_updater.cycle.extract.leftover import Journal
 from casync_updater.cycle.extract.plan import FETCH, ExtractPlan, chunk_at
 from casync_updater.cycle.extract.tree import TreeFiles, read_exactly
-from casync_updater.cycle.values import Chunks
 from casync_updater.errors import ContentError
 from casync_updater.model import ChunkRef
+from casync_updater.sources.base import Chunks
 
 
 class Stream:

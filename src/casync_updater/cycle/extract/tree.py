@@ -15,7 +15,6 @@ from typing import Protocol
 
 from casync_updater.formats.archive import FCAPS, PERMISSIONS, TIMES, UIDS, XATTRS, Node
 from casync_updater.formats.record import (
-    DIGEST_SIZE,
     DIRECTORY,
     END,
     FILE,
@@ -140,7 +139,7 @@ def content_digest(file: int, hash_name: str) -> bytes:
     while data := os.pread(file, READ_SIZE, offset):
         digest.update(data)
         offset += len(data)
-    return digest.digest()[:DIGEST_SIZE]
+    return digest.digest()
 
 
 def visit(record: Record, root: int) -> Iterator[tuple[int, bytes, int]]:

@@ -1,4 +1,7 @@
-"""The third room: the new tree, built by casync beside the destination, or in it.
+"""Builds with casync, beside the destination or in it: what the own extractor leaves to it.
+
+These are destinations that are updated in place, files and devices, and archives with metadata
+that the own extractor does not know (`extract.supported`).
 
 casync gets a private local store, filled through the chunks interface, and the installed tree
 as seed; it never reads from the network. Chunks that an interrupted try left in the store are
@@ -13,11 +16,12 @@ from tempfile import TemporaryDirectory
 
 from casync_updater.cycle.staging import make_staging, remove
 from casync_updater.cycle.tree import carry_over, cut
-from casync_updater.cycle.values import Chunks, Offer, Plan, Staged
+from casync_updater.cycle.values import Offer, Plan, Staged
 from casync_updater.errors import ContentError, LocalError, RemoteError
 from casync_updater.formats import index as index_format
 from casync_updater.formats.store import LocalStore, content, file_limit
 from casync_updater.model import Apply, ChunkRef, Monitor, Progress
+from casync_updater.sources.base import Chunks
 from casync_updater.tools import casync
 from casync_updater.tools.process import ProgramError
 
