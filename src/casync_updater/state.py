@@ -328,7 +328,9 @@ class StateFolder:
         try:
             write_atomic(self.path / "state.json", text.encode())
         except OSError as error:
-            raise UnrecordedError(f"{self.path}: state not saved: {error.strerror}") from error
+            raise UnrecordedError(
+                f"{self.path}: the state cannot be saved: {error.strerror}"
+            ) from error
 
     def keep_version(
         self,

@@ -203,6 +203,8 @@ def randomly(folder: Path, rng: random.Random, count: int) -> int:
             except BrokenPromiseError as error:
                 raise BrokenPromiseError(f"{scenario}, kill {before}: {error}") from error
             updates += 1
+            if updates % 50 == 0:
+                report(f"survived {world.kills} kills in {updates} updates")
             _forget_old_versions(world)
     return updates
 
