@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from trees import change, make_tree
+
 from casync_updater.cycle.extract import extract, plan_extract
 from casync_updater.cycle.extract.tree import trust
 from casync_updater.formats import index as index_format
@@ -24,34 +26,6 @@ from casync_updater.formats.record import load
 from support.archives import StoreChunks, casync, make_archive, open_root, tree_digest
 
 FEATURES = ("permissions", "symlinks", "sec-time")
-
-
-def make_tree(root: Path, files: int, total: int, rng: random.Random) -> list[Path]:
-    """Files of very different sizes (log-normal, as in /usr), eight or so in a directory."""
-    weights = [rng.lognormvariate(8.5, 2.0) for _ in range(files)]
-    scale = total / sum(weights)
-    block = rng.randbytes(1 << 24)
-    made = []
-    for number, weight in enumerate(weights):
-        folder = root / f"{number // 800:03}" / f"{number // 8:05}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"file-{number:06}"
-        size = int(weight * scale)
-        with path.open("wb") as file:
-            while size > 0:
-                begin = rng.randrange(len(block) - 4096)
-                piece = block[begin : begin + min(size, 1 << 20)]
-                file.write(piece)
-                size -= len(piece)
-        made.append(path)
-    return made
-
-
-def change(paths: list[Path], count: int, rng: random.Random) -> None:
-    """A new version of so many of the files that are not huge."""
-    small = [path for path in paths if path.stat().st_size < 200_000]
-    for path in rng.sample(small, count):
-        path.write_bytes(rng.randbytes(path.stat().st_size + 10))
 
 
 def one_update(base: Path, staged: Path) -> None:

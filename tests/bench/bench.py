@@ -1,0 +1,411 @@
+"""Measure updates by casync-updater beside casync, rsync and OSTree: `make bench`.
+
+    PYTHONPATH=src /usr/bin/python3 tests/bench/bench.py [--quick] [--runs 3] [--larger 5]
+
+Everything is measured in one run, on the same trees, as whole processes, over a link of 40 ms and
+50 Mbit/s, with everything in the page cache. The tables on standard output are markdown; what is
+going on stands on standard error. Needs root, for network namespaces and a file system of its own.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import Cost, Lab, lab, publish
+from link import RATE
+from trees import change, make_tree
+from ways import PEERS, CasyncInPlace, CasyncStaged, OSTree, Ours, Rsync, Way, commit
+
+MB = 1_000_000
+MIB = 1 << 20
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        files: of the tree.
+        total: its bytes.
+        changed: files that a version changes.
+        more: unchanged files that the tree with many files has on top.
+        larger: how many times as large the tree with the large files is.
+        runs: how often each thing is measured; the median counts.
+    """
+
+    files: int
+    total: int
+    changed: int
+    more: int
+    larger: int
+    runs: int
+
+
+class Source:
+    """A tree on the publisher's side, and its versions."""
+
+    def __init__(self, here: Lab, name: str, plan: Plan) -> None:
+        self._here = here
+        self._plan = plan
+        self.name = name
+        self.path = here.sources / name
+        self.version = 1
+        self.changed_bytes = 0
+        """What the files of the last change take on a disk."""
+        stretched = plan.larger * plan.total if name == "large" else 0
+        rng = random.Random(1)
+        self._paths = make_tree(
+            self.path / "base", plan.files, plan.total, rng, stretched=stretched
+        )
+        if name == "many":
+            make_tree(self.path / "more", plan.more, plan.total, rng)
+        self._rng = random.Random(2)
+        publish(here, name, self.version)
+
+    def next_version(self) -> None:
+        """Change it and publish that; the same change for every tree."""
+        changed = change(self._paths, self._plan.changed, self._rng)
+        self.changed_bytes = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in changed)
+        self.version += 1
+        publish(self._here, self.name, self.version)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The same thing, measured several times."""
+
+    costs: tuple[Cost, ...]
+
+    def median(self, value: Callable[[Cost], float]) -> float:
+        return statistics.median(value(cost) for cost in self.costs)
+
+    @property
+    def seconds(self) -> float:
+        return self.median(lambda cost: cost.seconds)
+
+    @property
+    def peak(self) -> int:
+        return max(cost.peak for cost in self.costs)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table in markdown."""
+    head = list(head)
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print(flush=True)
+
+
+def versions() -> str:
+    """Of the peers, as Debian counts them."""
+    argv = ["dpkg-query", "--show", "--showformat=${Package} ${Version}, "]
+    argv += ["casync", "rsync", "ostree"]
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.rstrip(", ")
+
+
+def megabytes(count: float) -> str:
+    return f"{count / MB:.1f} MB"
+
+
+def compare(way: Way, source: Source) -> None:
+    """What is fast and wrong does not count."""
+    argv = ["diff", "--recursive", "--brief", "--no-dereference", source.path, way.tree]
+    if subprocess.run(argv, check=False).returncode:
+        raise SystemExit(f"bench: {way.title} did not install what the server has")
+
+
+def fresh_installs(here: Lab, way: type[Way], runs: int) -> tuple[Way, Runs]:
+    """The way with something installed, and what that cost."""
+    costs = []
+    for number in range(runs):
+        made = way(here, "base", f"{way.__name__}-{number}")
+        say(f"fresh install: {made.title}")
+        costs.append(made.fresh())
+        if number < runs - 1:
+            made.remove()
+    return made, Runs(tuple(costs))
+
+
+class Bench:
+    """The measurements, one after the other; each leaves what the tables need."""
+
+    def __init__(self, here: Lab, plan: Plan) -> None:
+        self._here = here
+        self._plan = plan
+        self.fresh: dict[type[Way], Runs] = {}
+        self.updates: dict[type[Way], Runs] = {}
+        self.links = 0.0
+        """Bytes that bare hard links to a tree write, and the removal of others."""
+        self.changed_bytes = 0.0
+        self.noops: dict[str, Cost] = {}
+        self.grown: dict[str, Runs] = {}
+        self.drive: Cost
+        self.daemon = 0
+
+    def measure(self) -> None:
+        say("making and publishing the tree")
+        source = Source(self._here, "base", self._plan)
+        commit(self._here, source.name)
+        ways: list[Way] = []
+        for kind in (Ours, *PEERS):
+            if kind is CasyncStaged:
+                # It installs as the one before it does.
+                ways.append(self._copy(ways[-1]))
+                continue
+            runs = self._plan.runs if kind in (Ours, Rsync) else 1
+            way, self.fresh[kind] = fresh_installs(self._here, kind, runs)
+            ways.append(way)
+        self._updates(source, ways)
+        (ours,) = (way for way in ways if isinstance(way, Ours))
+        self._noop(ours)
+        self._with_drive(source, ours)
+        self._idle(ours)
+        for way in ways:
+            way.remove()
+        shutil.rmtree(source.path)
+        for name in ("many", "large"):
+            self._growth(name)
+
+    def _copy(self, way: Way) -> Way:
+        staged = CasyncStaged(self._here, "base", CasyncStaged.__name__)
+        subprocess.run(["cp", "-a", way.home, staged.home], check=True)
+        return staged
+
+    def _updates(self, source: Source, ways: list[Way]) -> None:
+        costs: dict[type[Way], list[Cost]] = {type(way): [] for way in ways}
+        links, changed = [], []
+        # Not of ours: a new link changes a file's ctime, by which ours sees who touched it.
+        (linked,) = (way for way in ways if isinstance(way, Rsync))
+        for number in range(self._plan.runs):
+            source.next_version()
+            commit(self._here, source.name)
+            for way in ways:
+                say(f"update {number + 1}: {way.title}")
+                costs[type(way)].append(way.update())
+            links.append(self._bare_links(linked, number))
+            changed.append(source.changed_bytes)
+        for way in ways:
+            compare(way, source)
+        self.updates = {kind: Runs(tuple(found)) for kind, found in costs.items()}
+        self.links = statistics.median(links)
+        self.changed_bytes = statistics.median(changed)
+
+    def _bare_links(self, way: Way, number: int) -> int:
+        """What no way with hard links can do without, which also removes older trees."""
+        here = self._here
+        new, old = here.disk / f"links-{number}", here.disk / f"links-{number - 1}"
+        if not old.exists():
+            subprocess.run(["cp", "-al", way.tree, old], check=True)
+        return here.work(["cp", "-al", way.tree, new], ["rm", "-rf", old]).written
+
+    def _noop(self, ours: Ours) -> None:
+        say(f"nothing new: {ours.name}")
+        self.noops[ours.name] = ours.update()
+
+    def _with_drive(self, source: Source, ours: Ours) -> None:
+        source.next_version()
+        drive = self._here.disk / "drive"
+        shutil.copytree(self._here.site / source.name, drive)
+        ours.configure(
+            backupIndex=f"{drive}/tree.caidx",
+            backupStore=f"{drive}/store.castr",
+        )
+        say("update with the drive present")
+        self.drive = ours.update()
+        compare(ours, source)
+        ours.configure()
+        shutil.rmtree(drive)
+
+    def _idle(self, ours: Ours) -> None:
+        say("the idle daemon")
+        argv = self._here.between.device.argv(*ours.command("run"))
+        with self._here.service(argv, lambda: True) as process:
+            children = Path(f"/proc/{process}/task/{process}/children")
+            seen, quiet = False, 0
+            deadline = time.monotonic() + 60
+            # Its first cycle is a process of its own; after that it only waits.
+            while quiet < 5:
+                if time.monotonic() > deadline:
+                    raise SystemExit("bench: the daemon did not come to rest within a minute")
+                time.sleep(0.5)
+                busy = bool(children.read_text())
+                seen = seen or busy
+                quiet = quiet + 1 if seen and not busy else 0
+            status = Path(f"/proc/{process}/status").read_text()
+            self.daemon = int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+    def _growth(self, name: str) -> None:
+        say(f"making and publishing the tree with {name} files")
+        source = Source(self._here, name, self._plan)
+        ours = Ours(self._here, name, name)
+        ours.fresh(near=True)
+        costs = []
+        for number in range(self._plan.runs):
+            source.next_version()
+            say(f"update {number + 1}: {name} files")
+            costs.append(ours.update())
+        compare(ours, source)
+        self.grown[name] = Runs(tuple(costs))
+        self._noop(ours)
+        ours.remove()
+        shutil.rmtree(source.path)
+        shutil.rmtree(self._here.site / name)
+
+    def print_ways(self) -> None:
+        """A line for each way."""
+        head = ("", "update", "fresh", "received", "written", "processor", "peak memory")
+        rows = []
+        for kind, update in self.updates.items():
+            fresh = self.fresh.get(kind)
+            rows.append(
+                (
+                    kind.title,
+                    f"{update.seconds:.2f} s",
+                    "-" if fresh is None else f"{fresh.seconds:.1f} s",
+                    megabytes(update.median(lambda cost: cost.received)),
+                    megabytes(update.median(lambda cost: cost.written)),
+                    f"{update.median(lambda cost: cost.processor):.2f} s",
+                    f"{update.peak / MIB:.0f} MiB",
+                )
+            )
+        table(head, rows)
+
+    def print_targets(self) -> None:
+        """The targets, what was measured, and whether that is enough."""
+        rows = [
+            (target, measured, "pass" if good else "**miss**")
+            for target, measured, good in (
+                *self._update_targets(),
+                *self._fresh_targets(),
+                self._written_target(),
+                *self._growth_targets(),
+                *self._noop_targets(),
+                *self._memory_targets(),
+                self._drive_target(),
+            )
+        ]
+        table(("target", "measured", ""), rows)
+
+    def _update_targets(self) -> Iterable[tuple[str, str, bool]]:
+        ours = self.updates[Ours].seconds
+        for kind, wanted in (
+            (CasyncStaged, 7.0),
+            (CasyncInPlace, 5.0),
+            (Rsync, 1.0),
+            (OSTree, 1.0),
+        ):
+            ratio = self.updates[kind].seconds / ours
+            least = f"at least {wanted:g} times faster than" if wanted > 1 else "faster than"
+            yield f"1. update {least} {kind.title}", f"{ratio:.2f} times", ratio >= wanted
+
+    def _fresh_targets(self) -> Iterable[tuple[str, str, bool]]:
+        ours = self.fresh[Ours]
+        needed = ours.median(lambda cost: cost.received) * 8 / RATE
+        ratio = ours.seconds / needed
+        shown = f"{ratio:.2f} times {needed:.1f} s"
+        yield "2. fresh install at most 1.15 times its bytes' time", shown, ratio <= 1.15
+        ratio = ours.seconds / self.fresh[Rsync].seconds
+        yield "2. fresh install at most as long as rsync -z", f"{ratio:.2f} times", ratio <= 1
+
+    def _written_target(self) -> tuple[str, str, bool]:
+        written = self.updates[Ours].median(lambda cost: cost.written)
+        shown = (
+            f"{megabytes(written)}; bare links {megabytes(self.links)},"
+            f" changed files {megabytes(self.changed_bytes)}"
+        )
+        good = written <= self.links + 1.1 * self.changed_bytes
+        return "3. written at most the changed files plus 10 %, plus links' metadata", shown, good
+
+    def _growth_targets(self) -> Iterable[tuple[str, str, bool]]:
+        plan = self._plan
+        ours = self.updates[Ours].seconds
+        for name, what, most in (
+            ("many", f"{plan.files + plan.more:,} files", 3.0),
+            ("large", f"{plan.larger} times the bytes", 1.2),
+        ):
+            ratio = self.grown[name].seconds / ours
+            shown = f"{ratio:.2f} times ({self.grown[name].seconds:.2f} s)"
+            yield f"4. {what}, the same change: at most {most:g} times", shown, ratio <= most
+
+    def _noop_targets(self) -> Iterable[tuple[str, str, bool]]:
+        for name, cost in self.noops.items():
+            shown = f"{len(cost.requests)}, {cost.processor:.2f} s, {megabytes(cost.received)}"
+            good = len(cost.requests) == 1 and cost.processor <= 0.3
+            yield f"5. nothing new ({name}): one request, at most 0.3 s of CPU", shown, good
+
+    def _memory_targets(self) -> Iterable[tuple[str, str, bool]]:
+        found = {"base": max(self.fresh[Ours].peak, self.updates[Ours].peak)}
+        found |= {name: runs.peak for name, runs in self.grown.items()}
+        shown = ", ".join(f"{name} {peak / MIB:.1f}" for name, peak in found.items())
+        good = max(found.values()) < 64 * MIB
+        yield "6. peak memory under 64 MiB", f"{shown} MiB", good
+        shown = f"{self.daemon / MIB:.1f} MiB"
+        yield "6. idle daemon under 24 MiB resident", shown, self.daemon < 24 * MIB
+
+    def _drive_target(self) -> tuple[str, str, bool]:
+        chunks = sum(path.endswith(".cacnk") for path in self.drive.requests)
+        shown = (
+            f"{chunks} chunks of {len(self.drive.requests)} requests,"
+            f" {megabytes(self.drive.received)}, {self.drive.seconds:.2f} s"
+        )
+        return "7. with the drive, no chunk over the network", shown, chunks == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure updates beside those of the peers.")
+    parser.add_argument("--quick", action="store_true", help="a small tree: a test of this script")
+    parser.add_argument("--runs", type=int, default=3, help="the median of so many (default: 3)")
+    parser.add_argument(
+        "--larger",
+        type=int,
+        default=5,
+        help="how many times as large the large tree is (default: 5; the target says 10, which"
+        " takes as much more disk and time to publish)",
+    )
+    arguments = parser.parse_args()
+    if os.geteuid():
+        raise SystemExit("bench: needs root, for network namespaces and a file system of its own")
+    if arguments.quick:
+        plan = Plan(500, 15 * MB, 5, 2000, 2, 1)
+    else:
+        plan = Plan(8578, 252 * MB, 85, 77_422, arguments.larger, arguments.runs)
+    # So that what was set up is taken down.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="casync-updater-bench-") as name:
+        folder = Path(name)
+        # Everybody's trees, and twice the large one.
+        size = (12 + 2 * plan.larger) * plan.total + (1 << 30)
+        with lab(folder, size) as here:
+            probe = here.site / "probe"
+            probe.write_bytes(bytes(20 * MB))
+            found = here.between.probe("/probe")
+            print(
+                f"Link: {1000 * found['round_trip']:.1f} ms, {found['rate'] / 1e6:.1f} Mbit/s"
+                f" of payload. Tree: {plan.files:,} files, {plan.total // MB} MB,"
+                f" {plan.changed} of them changed. {os.cpu_count()} processors,"
+                f" median of {plan.runs}. {versions()}.\n",
+                flush=True,
+            )
+            bench = Bench(here, plan)
+            bench.measure()
+        bench.print_ways()
+        bench.print_targets()
+
+
+if __name__ == "__main__":
+    main()
