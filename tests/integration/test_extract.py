@@ -639,3 +639,19 @@ def evolve(root: Path, rng: random.Random, step: int) -> None:
 def test_casync_is_there() -> None:
     """What every test above compares with."""
     assert "casync" in casync("--version")
+
+
+def test_the_middle_of_a_large_file_is_reported(lab: Lab) -> None:
+    """Who supervises a build ends it when it hears nothing: a file may take an hour."""
+    shutil.rmtree(lab.source)
+    write(lab.source / "large", random.Random(1).randbytes(3_000_000))
+    index = lab.publish()
+    seen: list[int] = []
+    root = open_root(lab.base / "reported")
+    try:
+        plan = plan_extract(index, None, -1)
+        extract(plan, lab.chunks, root, progress=lambda progress: seen.append(progress.done))
+    finally:
+        os.close(root)
+    assert len([done for done in seen if 0 < done < 3_000_000]) >= 3_000_000 // (256 << 10)
+    assert seen == sorted(seen)

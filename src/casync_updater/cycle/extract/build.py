@@ -95,7 +95,8 @@ def extract(
         root: an open descriptor of the directory, which becomes the root of the tree.
         journal: an open descriptor of an empty file beside the tree, for `Leftover` if the build
             is cut off; to be removed once the tree is complete.
-        progress: called about every MiB with the bytes of the archive that stand; what it
+        progress: called with every chunk of a file that is written, and about every MiB of what
+            is taken over, with the bytes of the archive that stand; what it
             raises ends the build.
 
     Raises:
@@ -171,8 +172,7 @@ class _Builder:
             if not (self._replayable and self._replay()):
                 self._node(self.decoder.next())
             if stream.position - self._reported >= _REPORT_STEP:
-                self._reported = stream.position
-                self._progress(Progress(stream.position, size))
+                self._report()
         if stream.position != size:
             raise ContentError(
                 f"the archive is damaged: its root ends at {stream.position}, and"
@@ -469,6 +469,8 @@ class _Builder:
                     write_all(out, data, stream.position - start)
                     self._written += len(data)
                 stream.position += len(data)
+                # A large file over a slow line: who waits is told with every chunk of it.
+                self._report()
             if hole:
                 os.ftruncate(out, node.size)
             self._settle(out, node, like, level.uid, level.gid)
@@ -479,6 +481,10 @@ class _Builder:
                     os.close(file)
         self._files += 1
         return digest.digest()
+
+    def _report(self) -> None:
+        self._reported = self._bytes.position
+        self._progress(Progress(self._reported, self._plan.index.size))
 
     def _old_unchanged(self, old: int, file: int) -> bool:
         assert self._old is not None
