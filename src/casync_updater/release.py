@@ -324,8 +324,3 @@ def freshness(release: Release, clock: BestClock) -> Freshness:
     if release.valid_until < clock.time:
         return Freshness.EXPIRED
     return Freshness.UNKNOWN if clock.behind else Freshness.FRESH
-
-
-def is_expired(release: Release, clock: BestClock) -> bool:
-    """True where the release's Valid-Until has certainly passed."""
-    return freshness(release, clock) is Freshness.EXPIRED

@@ -17,7 +17,6 @@ from casync_updater.release import (
     best_clock,
     format_release,
     freshness,
-    is_expired,
     order,
     parse_release,
 )
@@ -228,6 +227,6 @@ def test_a_clock_behind_what_is_known_to_have_passed_cannot_judge() -> None:
     assert freshness(RELEASE, best_clock(0.0, RELEASE.date)) is Freshness.UNKNOWN
     assert freshness(RELEASE, best_clock(0.0, until + 1)) is Freshness.EXPIRED
     assert freshness(RELEASE, best_clock(until)) is Freshness.FRESH
-    assert is_expired(RELEASE, best_clock(until + 1))
+    assert freshness(RELEASE, best_clock(until + 1)) is Freshness.EXPIRED
     forever = dataclasses.replace(RELEASE, valid_until=None)
     assert freshness(forever, best_clock(until + 1)) is Freshness.FRESH

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from casync_updater.errors import ContentError
 from casync_updater.formats.index import Index
 from casync_updater.formats.mtree import Node
-from casync_updater.model import Changes, ChunkRef
+from casync_updater.model import ChunkRef
 from casync_updater.tools import casync
 
 _PIECE = 1 << 20
@@ -250,17 +250,6 @@ def obstacle(root: Path, path: str) -> Path | None:
 def holds(root: Path, path: str) -> bool:
     """True where a preserved path is in a tree itself, not behind a symbolic link."""
     return obstacle(root, path) == Path(path)
-
-
-def as_changes(found: Iterable[Difference]) -> Changes:
-    """What putting a tree right changes in it; a new mtime alone is no change."""
-    by_kind: dict[str, list[bytes]] = {"added": [], "changed": [], "removed": []}
-    for difference in found:
-        if difference.what == "time":
-            continue
-        kind = {"missing": "added", "extra": "removed"}.get(difference.what, "changed")
-        by_kind[kind].append(difference.path)
-    return Changes(*(tuple(paths) for paths in by_kind.values()))
 
 
 def carry_over(new: Path, old: Path | None, *, parent: Path, features: Iterable[str]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from casync_updater.cycle.tree import Difference, as_changes, carry_over, differences
+from casync_updater.cycle.tree import carry_over, differences
 from casync_updater.formats.mtree import Node
-from casync_updater.model import Changes
 from support.manifests import nodes_of
 from support.trees import make_tree
 
@@ -188,13 +187,6 @@ def test_what_cannot_be_read_is_an_error(tree: Path, nodes: list[Node]) -> None:
     (tree / "read-only").chmod(0)
     with pytest.raises(PermissionError):
         found(tree, nodes)
-
-
-def test_putting_a_tree_right_changes_paths() -> None:
-    seen = [Difference(b"a", "missing"), Difference(b"b", "time"), Difference(b"c", "mode")]
-    changes = as_changes([*seen, Difference(b"d", "extra")])
-    assert changes == Changes(added=(b"a",), changed=(b"c",), removed=(b"d",))
-    assert not as_changes([Difference(b"b", "time")])
 
 
 # What a new tree takes over.
