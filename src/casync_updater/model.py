@@ -183,6 +183,9 @@ class Mark:
 
     serial: int
     date: float
+    digest: str | None = field(default=None, compare=False)
+    """The archive digest that was accepted under the serial; state files of earlier versions
+    do not say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,7 @@ class Release:
     @property
     def mark(self) -> Mark:
         """The release's place in the order."""
-        return Mark(self.serial, self.date)
+        return Mark(self.serial, self.date, self.digest)
 
 
 @dataclass(frozen=True, slots=True)

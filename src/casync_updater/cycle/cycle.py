@@ -47,10 +47,7 @@ from casync_updater.model import (
 from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import shown
-from casync_updater.state import (
-    Bad,
-    UnrecordedError,
-)
+from casync_updater.state import Bad, State, UnrecordedError
 from casync_updater.tools import casync
 from casync_updater.tools.inhibitor import shutdown_inhibited
 from casync_updater.trust import unwrap
@@ -91,7 +88,9 @@ class Cycle(Session):
 
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
+        before = self._state
         checked = self.check(accept_legacy=accept_legacy)
+        self._keep_accepted(before, checked.outcome.candidate)
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
@@ -135,6 +134,12 @@ class Cycle(Session):
             site = survey(self._entry, self._state.no_exchange)
             self._log.warning("%s: updating in place, which is not atomic", error)
             return self._install(site, offer, checked, reason)
+
+    def _keep_accepted(self, before: State, candidate: Candidate) -> None:
+        """Keep what raised a mark, so that no broken state file lets anything older in."""
+        marks = (self._state.signed_mark, self._state.unsigned_mark)
+        if marks != (before.signed_mark, before.unsigned_mark):
+            self._folder.keep_accepted(candidate.text, signed=candidate.signed)
 
     def _renew(self, candidate: Candidate) -> None:
         """Keep the text of a release that was signed again: the backup drive gets it as well."""
@@ -486,7 +491,8 @@ class Cycle(Session):
     def _note(self, checked: Checked) -> None:
         """Record that a source answered; what another one was refused for stays visible."""
         now = self._outside.clock.time()
-        refused = next((e for e in checked.failures if isinstance(e, TrustError)), None)
+        refusals = (e for e in checked.failures if isinstance(e, TrustError | ContentError))
+        refused = next(refusals, None)
         self._state = replace(
             self._state,
             last_check=now,
