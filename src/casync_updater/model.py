@@ -333,6 +333,18 @@ class OnlineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaSettings:
+    """``[media]``: update drives."""
+
+    labels: tuple[str, ...] = ()
+    """Of file systems that the daemon mounts itself; none is mounted where there is none."""
+    on_start: str = ""
+    on_success: str = ""
+    on_failure: str = ""
+    """Commands; empty for none."""
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """``[daemon]``: the daemon and the checks of what it installed. Seconds."""
 
@@ -350,4 +362,5 @@ class Settings:
     trust: TrustSettings = field(default_factory=TrustSettings)
     actions: ActionSettings = field(default_factory=ActionSettings)
     online: OnlineSettings = field(default_factory=OnlineSettings)
+    media: MediaSettings = field(default_factory=MediaSettings)
     daemon: DaemonSettings = field(default_factory=DaemonSettings)

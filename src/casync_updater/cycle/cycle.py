@@ -63,6 +63,12 @@ class Cycle(Session):
             reason: who started the cycle; actions and the log are told.
             accept_legacy: take a source without a release this once.
         """
+        had = self._folder.peek().installed
+        end = self._run(reason, accept_legacy)
+        has = self._state.installed
+        return replace(end, had=_called(had), version=end.version or _called(has))
+
+    def _run(self, reason: Reason, accept_legacy: bool) -> CycleEnd:
         try:
             with contextlib.ExitStack() as stack:
                 self._state = self._folder.load()
@@ -523,6 +529,11 @@ class Cycle(Session):
             actions=commands,
             source=candidate.origin,
         )
+
+
+def _called(installed: Installed | None) -> str | None:
+    """A version in words."""
+    return None if installed is None else installed.version or installed.digest[:12]
 
 
 _TRIALS = 2

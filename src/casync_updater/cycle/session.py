@@ -12,6 +12,7 @@ from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
 from casync_updater.cycle.check import Checker, by_hash
+from casync_updater.cycle.demands import read_slots
 from casync_updater.cycle.mirror import Mirror, Mirrored, present
 from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
 from casync_updater.cycle.staging import Site, survey
@@ -39,6 +40,7 @@ from casync_updater.model import (
     Origin,
     Progress,
     Reason,
+    Release,
     Settings,
     Step,
 )
@@ -146,6 +148,20 @@ class Session:
             return checker.check(openers)
         finally:
             self._state = checker.state
+
+    def on_drive(self) -> Release | None:
+        """What the backup drive holds for this entry; nothing of it is read but the release.
+
+        Raises:
+            TrustError: the drive is foreign.
+            UpdaterError: it cannot be read.
+        """
+        self._state = self._folder.peek()
+        try:
+            newest = read_slots(self._source(Origin.BACKUP), self._checker().demands()).newest
+        finally:
+            self._close()
+        return None if newest is None else newest.release
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
