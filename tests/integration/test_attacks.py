@@ -308,19 +308,24 @@ class TestFreeze:
         date = float(int(time.time()) - 90_000)
         world.replace_release(place, date=date, valid_until=date + 3600)
 
+    @both
     @pytest.mark.parametrize(
-        ("now", "code", "version"),
+        ("now", "valid", "code", "version"),
         [
-            pytest.param(0.0, 0, 2, id="1970"),
-            pytest.param(2_208_988_800.0, 4, 1, id="2040"),
+            pytest.param(0.0, 30, 0, 2, id="1970"),
+            pytest.param(2_208_988_800.0, 30, 4, 1, id="2040"),
+            pytest.param(2_208_988_800.0, None, 0, 2, id="2040, without Valid-Until"),
         ],
     )
-    def test_clocks(self, victim: Victim, now: float, code: int, version: int) -> None:
+    def test_clocks(
+        self, victim: Victim, where: str, now: float, valid: int | None, code: int, version: int
+    ) -> None:
         """In 1970 freshness is unknown, and no reason to stay; in 2040 everything expired."""
-        date = release_of(victim.place).date
-        victim.world.replace_release(victim.place, valid_until=date + 30 * 86400.0)
+        until = None if valid is None else release_of(victim.place).date + valid * 86400.0
+        victim.world.replace_release(victim.place, valid_until=until)
         victim.device.clock.set(now)
-        assert victim.online().exit == code
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit == code
         assert victim.has(version)
 
     def test_the_clock_is_set_an_hour_after_boot(self, victim: Victim) -> None:
