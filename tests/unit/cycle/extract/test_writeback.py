@@ -27,7 +27,13 @@ def test_what_did_not_reach_the_disk_ends_the_build() -> None:
         writeback.wrote(1 << 30)
 
 
-def test_the_first_error_is_the_one_that_is_reported() -> None:
-    with pytest.raises(KeyError), Writeback(-1) as writeback:
-        writeback.wrote(1 << 30)
-        raise KeyError
+def test_an_error_of_the_build_itself_goes_before() -> None:
+    writeback = Writeback(-1)
+
+    def build() -> None:
+        with writeback:
+            writeback.wrote(1 << 30)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        build()
