@@ -24,15 +24,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from casync_updater import codec
 from casync_updater.errors import BusyError, ContentError, LocalError
-from casync_updater.files import write_atomic
-from casync_updater.formats.record import Window
+from casync_updater.files import write_atomic, write_together
+from casync_updater.formats.record import Record, Window
 from casync_updater.model import Entry, Identity, Installed, Mark
 
 FORMAT = 1
@@ -341,16 +341,35 @@ class StateFolder:
         installed: Installed,
         index: bytes,
         release: bytes | None,
-        manifest: bytes | None,
+        knowledge: bytes | Record | None,
         *,
         signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them."""
-        write_atomic(self.index(installed), index)
-        if manifest is not None:
-            write_atomic(self.manifest(installed), manifest)
+        """Write a version's companions, durably, before a state names them.
+
+        Args:
+            installed: the version.
+            index: its index.
+            release: its release as published; None in the old layout.
+            knowledge: what is known of its tree: a record, or else a manifest (zstd), if any.
+            signed: the release's signature was verified.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        mark = self._version(installed, ".signed")
+        if not signed:
+            mark.unlink(missing_ok=True)
+        files: dict[Path, Iterable[bytes]] = {self.index(installed): (index,)}
+        if isinstance(knowledge, bytes):
+            files[self.manifest(installed)] = (knowledge,)
+        elif knowledge is not None:
+            files[self.record(installed)] = knowledge.packed()
         if release is not None:
-            self.keep_release(installed, release, signed=signed)
+            files[self.release(installed)] = (release,)
+        write_together(files)
+        if release is not None and signed:
+            write_atomic(mark, b"")
 
     def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
         """Write the text of a version's release, and whether its signature was verified."""
