@@ -18,7 +18,7 @@ from casync_updater.cycle.builders.casync import CasyncBuilder
 from casync_updater.cycle.builders.extractor import ExtractBuilder
 from casync_updater.cycle.check import load
 from casync_updater.cycle.extract import supported
-from casync_updater.cycle.mirror import Condition, Mirror, present
+from casync_updater.cycle.mirror import Condition, Mirror, is_read_only, present
 from casync_updater.cycle.plan import plan
 from casync_updater.cycle.record import kept_index, kept_nodes
 from casync_updater.cycle.session import Session
@@ -404,7 +404,8 @@ class Cycle(Session):
         """Refresh the backup drive; a failure there does not fail the update.
 
         It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
-        (and is mended now) or cannot be written.
+        (and is mended now, unless it is read-only) or fails when it is written to. One that is
+        read-only from the start is a source and nothing else.
         """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
@@ -415,6 +416,7 @@ class Cycle(Session):
             self._state = replace(self._state, backup_absent=True)
             return
         self._state = replace(self._state, backup_absent=False)
+        self._monitor.step(Step.MIRROR, _called(installed))
         mirror = Mirror(location, self._folder)
         try:
             found = mirror.survey(
@@ -431,7 +433,12 @@ class Cycle(Session):
                 what = f"the backup {location.index} was damaged: {found.what}"
                 self._log.error("%s", what)
                 self._failures.append(LocalError(what))
-            if found.condition is not Condition.NEWER and not self._is_behind(installed):
+            if found.condition is Condition.NEWER or self._is_behind(installed):
+                return
+            if is_read_only(location):
+                where = shown(location.index)
+                self._log.info("the backup %s is read-only: it stays as it is", where)
+            else:
                 done = self._refresh(mirror, site, installed, checked.answered)
                 self._state = replace(self._state, backup_seen=done.seen)
                 self._log.info(

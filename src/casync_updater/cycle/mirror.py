@@ -107,8 +107,22 @@ class _Version:
 
 
 def present(location: Location) -> bool:
-    """Whether the backup's folders are there; a drive that is not plugged in has none."""
-    return Path(location.index).parent.is_dir() and Path(location.store).parent.is_dir()
+    """Whether the backup's folders are there; a drive that is not plugged in has none.
+
+    One that was pulled out, and that nobody unmounted, has nothing but errors.
+    """
+    try:
+        return Path(location.index).parent.is_dir() and Path(location.store).parent.is_dir()
+    except OSError:
+        return False
+
+
+def is_read_only(location: Location) -> bool:
+    """Whether the backup is mounted so that nobody can write to it."""
+    try:
+        return bool(os.statvfs(Path(location.index).parent).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 class Mirror:
