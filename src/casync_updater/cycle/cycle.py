@@ -404,8 +404,8 @@ class Cycle(Session):
         """Refresh the backup drive; a failure there does not fail the update.
 
         It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
-        (and is mended now, unless it is read-only) or fails when it is written to. One that is
-        read-only from the start is a source and nothing else.
+        (and is mended now, unless it is read-only) or cannot be written. One that has a release
+        and is read-only from the start is a source and nothing else.
         """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
@@ -435,7 +435,7 @@ class Cycle(Session):
                 self._failures.append(LocalError(what))
             if found.condition is Condition.NEWER or self._is_behind(installed):
                 return
-            if is_read_only(location):
+            if found.usable and is_read_only(location):
                 where = shown(location.index)
                 self._log.info("the backup %s is read-only: it stays as it is", where)
             else:
