@@ -138,6 +138,10 @@ campaign-enospc: deps ## Full disks, before and in the middle of updates (root)
 campaign-server: deps ## A web server that fails half of all requests
 	@$(call campaign,server,44)
 
+.PHONY: campaign-carry
+campaign-carry: deps ## One drive and ten devices of different ages, in random order
+	@$(call campaign,carry,50)
+
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))

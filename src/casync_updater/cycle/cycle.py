@@ -7,7 +7,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import zstandard
@@ -17,6 +17,7 @@ from casync_updater.cycle import act, commit
 from casync_updater.cycle.builders.casync import CasyncBuilder
 from casync_updater.cycle.builders.extractor import ExtractBuilder
 from casync_updater.cycle.check import load
+from casync_updater.cycle.demands import Demands
 from casync_updater.cycle.extract import supported
 from casync_updater.cycle.mirror import Condition, Mirror, is_read_only, present
 from casync_updater.cycle.plan import plan
@@ -46,7 +47,7 @@ from casync_updater.model import (
 )
 from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
-from casync_updater.sources.base import shown
+from casync_updater.sources.base import Source, shown
 from casync_updater.state import (
     Bad,
     UnrecordedError,
@@ -97,7 +98,12 @@ class Cycle(Session):
 
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
-        checked = self.check(accept_legacy=accept_legacy)
+        try:
+            checked = self.check(accept_legacy=accept_legacy)
+        except UpdaterError:
+            # A drive that is empty or damaged can be mended here all the same.
+            self._mirror(site, self._checker().demands(), ())
+            raise
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
@@ -109,17 +115,17 @@ class Cycle(Session):
             assert isinstance(outcome, UpToDate)
             self._renew(outcome.candidate)
             self._note(checked)
-            self._mirror(site, checked)
+            self._mirror(site, checked.demands, checked.answered)
             return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
-            self._mirror(site, checked)
+            self._mirror(site, checked.demands, checked.answered)
             return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
         with _blamed(offer.candidate.origin):
             commands = self._installed_somehow(site, offer, checked, reason)
         self._note(checked)
         self._prove(site)
-        self._mirror(site, checked)
+        self._mirror(site, checked.demands, checked.answered)
         return self._end(
             Outcome.UPDATED,
             f"repaired {offer.candidate.version}"
@@ -400,7 +406,7 @@ class Cycle(Session):
             raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
-    def _mirror(self, site: Site, checked: Checked) -> None:
+    def _mirror(self, site: Site, demands: Demands, answered: Sequence[Source]) -> None:
         """Refresh the backup drive; a failure there does not fail the update.
 
         It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
@@ -422,7 +428,7 @@ class Cycle(Session):
             found = mirror.survey(
                 installed,
                 self._source(Origin.BACKUP),
-                checked.demands,
+                demands,
                 seen=self._state.backup_seen,
                 monitor=self._monitor,
             )
@@ -439,7 +445,7 @@ class Cycle(Session):
                 where = shown(location.index)
                 self._log.info("the backup %s is read-only: it stays as it is", where)
             else:
-                done = self._refresh(mirror, site, installed, checked.answered)
+                done = self._refresh(mirror, site, installed, answered)
                 self._state = replace(self._state, backup_seen=done.seen)
                 self._log.info(
                     "refreshed the backup %s: %d chunks, %.1f MB",
