@@ -155,6 +155,10 @@ fuzz: deps ## For developers: fuzz every parser (TARGETS, SECONDS_EACH, SEED; an
 	PYTHONPATH=src:tests build/fuzz/bin/python -m fuzz.run $(TARGETS) \
 		--seconds $(SECONDS_EACH) --seed $(SEED)
 
+.PHONY: campaign-carry
+campaign-carry: deps ## One drive and ten devices of different ages, in random order
+	@$(call campaign,carry,50)
+
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))

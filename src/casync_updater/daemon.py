@@ -57,6 +57,9 @@ _VERBS = {
     Step.MIRROR: "refreshing the backup of",
 }
 
+_TOLD = (Step.BUILD, Step.VERIFY, Step.COMMIT, Step.ACT, Step.MIRROR)
+"""The steps that take long, of which the journal has those that a drive waits for."""
+
 _LEVELS = {
     Outcome.CURRENT: logging.INFO,
     Outcome.UPDATED: logging.INFO,
@@ -520,7 +523,7 @@ class Daemon:
         for child in self._children:
             name = child.task.name
             drive = self._drive_of(child)
-            if drive is None or child.step is Step.CHECK:
+            if drive is None or child.step not in _TOLD:
                 continue
             progress = child.progress
             quarter = 0

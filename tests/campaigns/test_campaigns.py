@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from campaigns import kill, power, server, space
+from campaigns import carry, kill, power, server, space
 from campaigns.world import BrokenPromiseError
 
 mounting = [
@@ -35,6 +35,11 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 def test_a_server_that_fails(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
     assert server.campaign(tmp_path / "world", random.Random(5), 2)
+
+
+def test_a_drive_that_is_carried_around(tmp_path: Path) -> None:
+    lines = carry.campaign(tmp_path / "world", random.Random(2), 12)
+    assert sum("updated to" in line for line in lines) >= 2
 
 
 @pytest.mark.parametrize("marks", [pytest.param(None, marks=mounting)])

@@ -7,7 +7,7 @@ verify and mirror: they may be left anywhere and start again. Atomic is commit. 
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import zstandard
@@ -17,8 +17,9 @@ from casync_updater.cycle import act, commit
 from casync_updater.cycle.builders.casync import CasyncBuilder
 from casync_updater.cycle.builders.extractor import ExtractBuilder
 from casync_updater.cycle.check import load
+from casync_updater.cycle.demands import Demands
 from casync_updater.cycle.extract import supported
-from casync_updater.cycle.mirror import Condition, Mirror, present
+from casync_updater.cycle.mirror import Condition, Mirror, is_read_only, present
 from casync_updater.cycle.plan import plan
 from casync_updater.cycle.record import kept_index, kept_nodes
 from casync_updater.cycle.session import Session
@@ -46,7 +47,7 @@ from casync_updater.model import (
 )
 from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
-from casync_updater.sources.base import shown
+from casync_updater.sources.base import Source, shown
 from casync_updater.state import Bad, State, UnrecordedError
 from casync_updater.tools import casync
 from casync_updater.tools.inhibitor import shutdown_inhibited
@@ -95,7 +96,12 @@ class Cycle(Session):
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
         before = self._state
-        checked = self.check(accept_legacy=accept_legacy)
+        try:
+            checked = self.check(accept_legacy=accept_legacy)
+        except UpdaterError:
+            # A drive that is empty or damaged can be mended here all the same.
+            self._mirror(site, self._checker().demands(), ())
+            raise
         self._keep_accepted(before, checked.outcome.candidate)
         for failure in checked.failures:
             self._log.warning("%s", failure)
@@ -108,17 +114,17 @@ class Cycle(Session):
             assert isinstance(outcome, UpToDate)
             self._renew(outcome.candidate)
             self._note(checked)
-            self._mirror(site, checked)
+            self._mirror(site, checked.demands, checked.answered)
             return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
-            self._mirror(site, checked)
+            self._mirror(site, checked.demands, checked.answered)
             return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
         with _blamed(offer.candidate.origin):
             commands = self._installed_somehow(site, offer, checked, reason)
         self._note(checked)
         self._prove(site)
-        self._mirror(site, checked)
+        self._mirror(site, checked.demands, checked.answered)
         return self._end(
             Outcome.UPDATED,
             f"repaired {offer.candidate.version}"
@@ -405,11 +411,12 @@ class Cycle(Session):
             raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
-    def _mirror(self, site: Site, checked: Checked) -> None:
+    def _mirror(self, site: Site, demands: Demands, answered: Sequence[Source]) -> None:
         """Refresh the backup drive; a failure there does not fail the update.
 
         It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
-        (and is mended now) or cannot be written.
+        (and is mended now, unless it is read-only) or cannot be written. One that has a release
+        and is read-only from the start is a source and nothing else.
         """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
@@ -420,12 +427,13 @@ class Cycle(Session):
             self._state = replace(self._state, backup_absent=True)
             return
         self._state = replace(self._state, backup_absent=False)
+        self._monitor.step(Step.MIRROR, _called(installed))
         mirror = Mirror(location, self._folder)
         try:
             found = mirror.survey(
                 installed,
                 self._source(Origin.BACKUP),
-                checked.demands,
+                demands,
                 seen=self._state.backup_seen,
                 monitor=self._monitor,
             )
@@ -436,8 +444,13 @@ class Cycle(Session):
                 what = f"the backup {location.index} was damaged: {found.what}"
                 self._log.error("%s", what)
                 self._failures.append(LocalError(what))
-            if found.condition is not Condition.NEWER and not self._is_behind(installed):
-                done = self._refresh(mirror, site, installed, checked.answered)
+            if found.condition is Condition.NEWER or self._is_behind(installed):
+                return
+            if found.usable and is_read_only(location):
+                where = shown(location.index)
+                self._log.info("the backup %s is read-only: it stays as it is", where)
+            else:
+                done = self._refresh(mirror, site, installed, answered)
                 self._state = replace(self._state, backup_seen=done.seen)
                 self._log.info(
                     "refreshed the backup %s: %d chunks, %.1f MB",
