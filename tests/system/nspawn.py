@@ -98,16 +98,25 @@ class Machine:
         address: the system's own address on it.
     """
 
-    def __init__(self, release: str, root: Path, *, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        release: str,
+        root: Path,
+        *,
+        options: Sequence[str] = (),
+        image: Path | None = None,
+    ) -> None:
         """Describe a machine; entering it as a context unpacks it.
 
         Args:
             release: one of `RELEASES`.
             root: a folder that does not exist yet; it is removed at the end.
             options: more options for systemd-nspawn, ``--volatile=overlay`` say.
+            image: a tar file with its root file system, in place of the minimal one.
         """
         self.release = release
         self.root = root
+        self._image = image
         self._options = tuple(options)
         self._name = f"cu{secrets.token_hex(3)}"
         self._cleanup = contextlib.ExitStack()
@@ -126,7 +135,7 @@ class Machine:
                 [
                     "tar",
                     "-xpf",
-                    base(self.release),
+                    self._image or base(self.release),
                     "-C",
                     self.root,
                     "--numeric-owner",
