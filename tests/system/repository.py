@@ -74,6 +74,7 @@ class Repository:
     Attributes:
         folder: what a web server serves.
         keyring: the public key, for ``Signed-By``.
+        armored: the same as text.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,6 +87,7 @@ class Repository:
         with _gnupg() as gpg:
             _run(*gpg, "--passphrase", "", "--quick-gen-key", "Test <t@example.org>", "ed25519")
             _run(*gpg, "--output", str(self.keyring), "--export")
+            self.armored = _run(*gpg, "--armor", "--export").decode()
             _run(*gpg, "--output", str(self._secret), "--export-secret-keys")
 
     def publish(self, packages: Iterable[Path]) -> None:
