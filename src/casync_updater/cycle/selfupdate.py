@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -214,7 +213,7 @@ class SelfUpdate:
         """
         try:
             guard.arm(self._folder)
-        except (OSError, subprocess.SubprocessError) as error:
+        except OSError as error:
             raise LocalError(f"the upgrade of casync-updater cannot be started: {error}") from error
 
     def _fill(self, upgrade: Upgrade, plan: guard.Plan) -> None:

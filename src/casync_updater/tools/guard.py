@@ -161,8 +161,7 @@ def arm(folder: Path, units: Path = _UNITS) -> None:
     """Make the unit, and start it without waiting; also where that was done before.
 
     Raises:
-        OSError: the unit cannot be written.
-        subprocess.SubprocessError: systemd does not take it.
+        OSError: the unit cannot be written, or systemd does not take it.
     """
     plan = read_plan(folder)
     if plan is None:
@@ -180,8 +179,19 @@ def arm(folder: Path, units: Path = _UNITS) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(unit)
         _sync(link.parent)
-        subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
-    subprocess.run(["systemctl", "start", "--no-block", UNIT], check=True, timeout=60)
+        _tell_systemd("daemon-reload")
+    _tell_systemd("start", "--no-block", UNIT)
+
+
+def _tell_systemd(*arguments: str) -> None:
+    try:
+        subprocess.run(
+            ["systemctl", *arguments], check=True, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"systemctl {arguments[0]}: {error.stderr.strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"systemctl {arguments[0]} does not end") from error
 
 
 def _escaped(path: Path) -> str:
