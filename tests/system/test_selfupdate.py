@@ -240,7 +240,7 @@ def test_becomes_the_newer_version(device: Device, publisher: Publisher, tmp_pat
     assert device.status()["selfUpdate"] is None
     serial = device.status()["installed"]["serial"]
 
-    device.server.fail("*/demo.castr/*", delay=0.4)
+    device.server.fail("*/demo.castr/*", skip=10, delay=15)
     device.add_other()
     device.reload()
     fetched = [0]
@@ -251,9 +251,11 @@ def test_becomes_the_newer_version(device: Device, publisher: Publisher, tmp_pat
         return fetched[0] >= 10
 
     device.wait(fetching, "the middle of the other entry's fetch")
+    device.wait(lambda: device.status("demo")["state"] == "build", "its state")
     publisher.packages(NEWER)
     device.wait_for_version(NEWER)
     assert not (machine.root / "srv/demo/large").exists(), "too late to show anything"
+    device.server.heal()
     device.wait(device.over, "the end of the trial")
     assert device.active(), device.journal()
     assert device.version() == NEWER
@@ -264,10 +266,241 @@ def test_becomes_the_newer_version(device: Device, publisher: Publisher, tmp_pat
     assert status["installed"]["serial"] > serial
     assert "# mine" in machine.output("cat", "/etc/casync-updater/casync-updater.conf")
 
-    device.server.heal()
     large = machine.root / "srv/demo/large"
     device.wait(large.exists, "the other entry's update")
     assert large.read_bytes() == (demo / "large").read_bytes()
     fetching()
     chunks = len(list((publisher.www / "demo.castr").glob("*/*.cacnk")))
     assert fetched[0] <= chunks + 32, f"{fetched[0]} requests for {chunks} chunks"
+
+
+def breaks(name: str, file: str, text: str) -> Change:
+    """Writes a line at the beginning of a file of one package: behind the ``#!`` of a script."""
+
+    def change(package: str, tree: Path) -> None:
+        if package != name:
+            return
+        path = tree / file
+        head, found, rest = path.read_text().partition("\n") if path.exists() else ("", "", "")
+        if head.startswith("#!") or not path.exists():
+            text_before = head or "#!/bin/sh"
+            path.write_text(f"{text_before}\n{text}\n{rest}")
+            path.chmod(0o755)
+        else:
+            path.write_text(f"{text}\n{head}{found}{rest}")
+
+    return change
+
+
+def replaces(file: str, *pairs: tuple[str, str]) -> Change:
+    """Replaces texts in a module."""
+
+    def change(package: str, tree: Path) -> None:
+        if package == "python3-casync-updater":
+            path = tree / MODULES / file
+            text = path.read_text()
+            for before, after in pairs:
+                assert text.count(before) == 1, before
+                text = text.replace(before, after)
+            path.write_text(text)
+
+    return change
+
+
+NEVER_CHECKS = replaces(
+    "cli/run.py",
+    (
+        '    """Run the daemon to its end."""\n',
+        "    import time\n\n    Notifier.of(os.environ).ready()\n    time.sleep(1e6)\n",
+    ),
+)
+
+
+def never_says_so_with_another_format(package: str, tree: Path) -> None:
+    """A version that works, with states of its own, but never completes a check of packages."""
+    replaces(
+        "state.py",
+        ("FORMAT = 1\n", "FORMAT = 2\n"),
+        ("    format: int = FORMAT\n", "    format: int = FORMAT\n    novelty: str = 'new'\n"),
+    )(package, tree)
+    replaces("cycle/selfupdate.py", ("guard.alive(self._folder, boot)", "pass"))(package, tree)
+
+
+def needs_more(package: str, tree: Path) -> None:
+    control = tree / "DEBIAN/control"
+    control.write_text(control.read_text().replace("Depends: ", "Depends: not-there (>= 5), ", 1))
+
+
+@pytest.mark.long
+def test_what_must_not_be_installed_is_refused(device: Device, publisher: Publisher) -> None:
+    machine = device.machine
+    publisher.packages(OLDER)
+    device.configure(interval=3_600_000)
+    device.reload()
+    device.wait(lambda: device.status()["refused"], "the refusal")
+
+    def update(code: int) -> str:
+        done = machine.run("casync-updater", "update", "own", check=False)
+        assert done.returncode == code, f"{done.returncode} {done.stdout} {done.stderr}"
+        assert device.version() == NOW
+        assert device.over()
+        return done.stdout + done.stderr
+
+    assert device.status()["refused"]["check"] == "downgrade"
+    assert "refused (downgrade)" in update(4)
+
+    publisher.packages(NEWER, names=("python3-casync-updater",))
+    assert "refused (packages)" in update(4)
+
+    own = publisher.folder / "own"
+    publisher.packages(NEWER)
+    foreign = own / "foreign.deb"
+    shutil.copy(next(own.glob("casync*.deb")), foreign)
+    unpacked = publisher.folder / "foreign"
+    subprocess.run(["dpkg-deb", "--raw-extract", foreign, unpacked], check=True)
+    control = unpacked / "DEBIAN/control"
+    control.write_text(control.read_text().replace("Package: casync-updater", "Package: sudo"))
+    subprocess.run(["dpkg-deb", "--build", unpacked, foreign], check=True)
+    publisher.tree("own", own)
+    said = update(4)
+    assert "refused (package)" in said
+    assert "found sudo" in said
+    foreign.unlink()
+
+    package = next(own.glob("casync*.deb"))
+    package.write_bytes(package.read_bytes()[:-3000])
+    publisher.tree("own", own)
+    assert "a whole package" in update(4)
+    package.write_bytes(b"garbage")
+    publisher.tree("own", own)
+    assert "a Debian package" in update(4)
+
+    publisher.packages(NEWER, needs_more)
+    said = update(1)
+    assert "not-there" in said
+    assert device.status()["refused"] is None
+    assert "not-there" in device.status()["lastError"]
+
+    machine.run("apt-mark", "hold", "casync-updater")
+    publisher.packages("1.0.2")
+    assert "on hold" in update(1)
+    machine.run("apt-mark", "unhold", "casync-updater")
+    machine.run("chown", "backup", f"{TREE}/casync-updater_1.0.2_all.deb")
+    assert "belongs to root alone" in update(1)
+    machine.run("chown", "root", f"{TREE}/casync-updater_1.0.2_all.deb")
+    machine.run("casync-updater", "update", "own")
+    device.wait_for_version("1.0.2")
+    device.wait(device.over, "the end of the trial")
+    assert device.active()
+
+
+@pytest.mark.long
+def test_what_does_not_work_is_replaced(
+    device: Device, publisher: Publisher, tmp_path: Path
+) -> None:
+    """Each of these ends with this version in service, and is not tried again."""
+    machine = device.machine
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / "version").write_text("one")
+    publisher.tree("demo", demo)
+    device.add_other()
+    publisher.packages(NOW)
+    device.configure(trial=20)
+    conf = machine.root / "etc/casync-updater/casync-updater.conf"
+    conf.open("a").write("# mine\n")
+    device.reload()
+    device.wait(lambda: device.status("demo")["installed"], "the other entry's update")
+    device.wait(lambda: device.status()["installed"], "the packages that run already")
+    installed = device.status("demo")["installed"]
+
+    broken: list[tuple[str, Change, str]] = [
+        (
+            "1.0.1",
+            breaks("casync-updater", "DEBIAN/postinst", "echo cannot configure; exit 7"),
+            "dpkg failed",
+        ),
+        ("1.0.2", breaks("casync-updater", "DEBIAN/preinst", "exit 1"), "dpkg failed"),
+        (
+            "1.0.3",
+            breaks("python3-casync-updater", f"{MODULES}/__main__.py", "raise SystemExit(9)"),
+            "",
+        ),
+        ("1.0.4", NEVER_CHECKS, "completed no check within 2"),
+        ("1.0.5", never_says_so_with_another_format, "completed no check within 2"),
+    ]
+    for version, change, why in broken:
+        publisher.packages(version, change)
+        device.wait(lambda: version in device.bad(), f"the end of {version}", 240)  # noqa: B023
+        device.wait(device.over, f"the way back from {version}")
+        assert device.version() == NOW, device.journal()
+        assert why in device.bad()[version]
+        device.wait(device.active, "the service")
+        device.wait(
+            lambda: (device.status()["refused"] or {}).get("found") == version,  # noqa: B023
+            f"a cycle that says why {version} is not installed",
+        )
+        assert device.status()["refused"]["check"] == "version"
+        assert device.journal().count(f"self-update: installing {version}") == 1
+        # What was installed, and when, is as it was.
+        assert device.status("demo")["installed"] == installed
+        assert conf.read_text().endswith("# mine\n")
+    states = {file.name for file in (machine.root / "var/lib/casync-updater/demo").glob("state*")}
+    assert states == {"state.json", "state.json.format-1", "state.json.format-2"}
+    (demo / "version").write_text("two")
+    publisher.tree("demo", demo)
+    two = machine.root / "srv/demo/version"
+    device.wait(lambda: two.read_text() == "two", "an update by the version that is back")
+    # dpkg still tells what the administrator changed from what it brought itself.
+    machine.run("casync-updater", "resume", "own")
+    assert device.bad() == {}
+    keyring = publisher.sign()
+    shutil.copy(keyring, machine.root / "etc/casync-updater/keyrings/own.gpg")
+    device.configure(trial=20, signedBy="/etc/casync-updater/keyrings/own.gpg")
+    device.reload()
+    publisher.packages("1.0.6")
+    device.wait_for_version("1.0.6")
+    device.wait(device.over, "the end of the trial")
+    assert device.active()
+    assert device.bad() == {}
+    assert conf.read_text().endswith("# mine\n")
+    release = publisher.www / "own.caidx.release"
+    assert "BEGIN PGP SIGNED MESSAGE" in release.read_text()
+    verified = machine.output("dpkg", "--verify", "casync-updater", "python3-casync-updater")
+    assert [line.split()[-1] for line in verified.splitlines()] == [
+        "/etc/casync-updater/casync-updater.conf"
+    ]
+
+
+@pytest.mark.long
+def test_power_cuts_in_the_middle_of_dpkg(device: Device, publisher: Publisher) -> None:
+    machine = device.machine
+    publisher.packages(NOW)
+    device.configure()
+    device.reload()
+    device.wait(lambda: device.status()["installed"], "the packages that run already")
+    wait_once = "[ -e /root/cut ] || { touch /root/cut; sync; sleep 600; }"
+    places = [
+        ("1.0.1", "python3-casync-updater", "DEBIAN/preinst"),
+        ("1.0.2", "casync-updater", "DEBIAN/postinst"),
+        ("1.0.3", "python3-casync-updater", "DEBIAN/prerm"),
+    ]
+    for version, package, script in places:
+        publisher.packages(version, breaks(package, script, wait_once))
+        if script.endswith("prerm"):
+            # The script of the version that is left runs: it comes with the next one.
+            device.wait_for_version(version)
+            device.wait(device.over, "the end of the trial")
+            version = "1.0.4"  # noqa: PLW2901
+            publisher.packages(version)
+        cut = machine.root / "root/cut"
+        device.wait(cut.exists, f"dpkg being in {script}")
+        machine.kill()
+        machine.boot()
+        device.wait_for_version(version)
+        device.wait(device.over, "the end of the trial")
+        assert device.active(), device.journal()
+        assert device.bad() == {}
+        assert device.status()["installed"]["version"]
+        cut.unlink()
+    assert machine.output("dpkg", "--audit") == ""
