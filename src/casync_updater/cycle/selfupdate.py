@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from debian.deb822 import Deb822
-from debian.debfile import DebFile
-from debian.debian_support import Version
 
 from casync_updater import syscalls
 from casync_updater.errors import LocalError, SpaceError, TrustError, UpdaterError
@@ -68,6 +66,8 @@ def examine(tree: Path, has: packages.Installed) -> Upgrade | None:
     Raises:
         TrustError: they must not be installed; which and why.
     """
+    from debian.debian_support import Version  # noqa: PLC0415 - for one entry of many only
+
     found: dict[str, Package] = {}
     for file in sorted(tree.glob("*.deb")):
         package = read(file)
@@ -105,6 +105,8 @@ def read(file: Path) -> Package:
     Raises:
         TrustError: it is no package, or none of this program's.
     """
+    from debian.debian_support import Version  # noqa: PLC0415
+
     if not stat.S_ISREG(file.lstat().st_mode):
         raise _refused("package", "a file", "something else", file)
     try:
@@ -126,6 +128,8 @@ def read(file: Path) -> Package:
 
 def _control(file: Path) -> Deb822:
     """The control file, without unpacking one that is no such thing."""
+    from debian.debfile import DebFile  # noqa: PLC0415
+
     with DebFile(filename=str(file)) as package:
         for number, member in enumerate(package.control.tgz()):
             if member.name in ("control", "./control"):
@@ -187,6 +191,7 @@ class SelfUpdate:
         _demand_roots_own(tree)
         upgrade = examine(tree, has)
         if upgrade is None:
+            self.forget_older(has.versions[packages.CLIENT])
             return None
         if (why := self.bad().get(upgrade.version)) is not None:
             raise _refused("version", f"one that did not fail here ({why})", upgrade.version, tree)
@@ -254,6 +259,14 @@ class SelfUpdate:
         if not folder.is_dir():
             return {}
         return {file.name: file.read_text(errors="replace") for file in folder.iterdir()}
+
+    def forget_older(self, version: str) -> None:
+        """Forget what failed before a version that works."""
+        from debian.debian_support import Version  # noqa: PLC0415
+
+        for failed in self.bad():
+            if Version(failed) < Version(version):
+                (self._root / "bad" / failed).unlink()
 
     def forgive(self) -> None:
         """Let versions that failed be tried again."""

@@ -300,5 +300,10 @@ def test_what_status_says(tmp_path: Path) -> None:
     assert "within 3000 seconds" in str(own.words())
     (folder / "upgrade/progress.json").write_text('{"phase": "back", "reason": "it failed"}')
     assert own.words() == "going back to 1.0.0: it failed"
+    own.forget_older("1.0.1")
+    assert list(own.bad()) == ["1.0.1"]
+    (folder / "bad/1.0.10").write_text("it failed")
+    own.forget_older("1.0.2")
+    assert list(own.bad()) == ["1.0.10"]
     own.forgive()
     assert own.bad() == {}
