@@ -17,6 +17,7 @@ PYTHON      := /usr/bin/python3
 PYTEST      := scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	TMPDIR="$$scratch" $(PYTHON) -m pytest
 RUFF        := 0.17.6
+ATHERIS     := 3.1.0
 WORKERS     ?= 2
 
 export PYTHONDONTWRITEBYTECODE := 1
@@ -136,6 +137,22 @@ campaign-enospc: deps ## Full disks, before and in the middle of updates (root)
 .PHONY: campaign-server
 campaign-server: deps ## A web server that fails half of all requests
 	@$(call campaign,server,44)
+
+.PHONY: campaign-mutations
+campaign-mutations: deps ## Mutations of valid drives and sites (about half an hour)
+	@$(call campaign,mutations,10000)
+
+# Coverage-guided, with atheris from PyPI: Debian has no such fuzzer for Python.
+SECONDS_EACH ?= 180
+TARGETS     ?=
+
+.PHONY: fuzz
+fuzz: deps ## For developers: fuzz every parser (TARGETS, SECONDS_EACH, SEED; an hour for all)
+	@$(call install,iproute2 python3-venv)
+	test -x build/fuzz/bin/pip || $(PYTHON) -m venv --system-site-packages build/fuzz
+	build/fuzz/bin/pip install --quiet atheris==$(ATHERIS)
+	PYTHONPATH=src:tests build/fuzz/bin/python -m fuzz.run $(TARGETS) \
+		--seconds $(SECONDS_EACH) --seed $(SEED)
 
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from casync_updater.errors import LocalError
 from casync_updater.logs import fields
@@ -27,6 +28,8 @@ class Kind(StrEnum):
     RECOVER = "recover"
     CYCLE = "update"
     STARTUP = "startup"
+    ATTACH = "attach"
+    DETACH = "detach"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,10 @@ class Task:
 
     kind: Kind
     name: str = ""
-    """The entry; empty where the task is about all of them."""
+    """The entry; empty where the task is about all of them, or about a drive."""
     reason: Reason | None = None
-    skip: tuple[str, ...] = ()
-    """Startup commands that are not run; the child reads them as JSON from its standard input."""
-
+    input: Any = None
+    """What the child reads as JSON from its standard input."""
     offline: bool = False
     """The entry's source is believed to be out of reach: one short attempt is enough."""
 
@@ -74,7 +76,7 @@ class Child:
         os.set_blocking(self._reports, False)
         try:
             inherited = (writer,) if task.kind is Kind.CYCLE else ()
-            self._process = _start([*program, *_arguments(task, writer)], inherited, task.skip)
+            self._process = _start([*program, *_arguments(task, writer)], inherited, task.input)
         except BaseException:
             os.close(self._reports)
             raise
@@ -177,8 +179,8 @@ class Child:
 
 def _arguments(task: Task, report: int) -> list[str]:
     match task.kind:
-        case Kind.RECOVER:
-            return ["recover"]
+        case Kind.RECOVER | Kind.ATTACH | Kind.DETACH:
+            return [task.kind.value]
         case Kind.STARTUP:
             return ["startup", "--", task.name]
         case Kind.CYCLE:
@@ -187,17 +189,15 @@ def _arguments(task: Task, report: int) -> list[str]:
             return ["update", *options, "--", task.name]
 
 
-def _start(
-    argv: Sequence[str], inherited: Sequence[int], skip: Sequence[str]
-) -> subprocess.Popen[bytes]:
+def _start(argv: Sequence[str], inherited: Sequence[int], document: Any) -> subprocess.Popen[bytes]:
     if shutil.which("setpriv") is None:
         raise LocalError("setpriv is not installed; it is part of util-linux")
     environment = {
         name: value for name, value in os.environ.items() if name not in _FOR_THE_DAEMON_ONLY
     }
     # Commands do not fit on every command line, and a file in memory never blocks the daemon.
-    with os.fdopen(os.memfd_create("skip"), "wb+") as stdin:
-        stdin.write(json.dumps(skip).encode())
+    with os.fdopen(os.memfd_create("input"), "wb+") as stdin:
+        stdin.write(json.dumps(document).encode())
         stdin.seek(0)
         try:
             return subprocess.Popen(

@@ -4,6 +4,7 @@ The state files and the reports of a cycle are written by this program, but they
 power cuts, by other versions and from crashed children: what does not fit is refused.
 """
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -65,11 +66,22 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"{where} is no string")
         return kind(value)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        return _finite(value, where)
     if type(value) is not kind:
         raise ValueError(f"{where} is {type(value).__name__}, not {kind.__name__}")
     return value
+
+
+def _finite(value: float, where: str) -> float:
+    """A number as JSON has it: Python's reader also takes ``NaN``, and integers of any length."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is no number that a float can be")
+    return number
 
 
 def _decode_fields(kind: Any, value: Any, where: str) -> Any:

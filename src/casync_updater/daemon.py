@@ -21,6 +21,7 @@ from casync_updater import scheduler
 from casync_updater.children import Child, Kind, Task
 from casync_updater.clock import Clock
 from casync_updater.config.configuration import Configuration
+from casync_updater.drives.drives import Drives
 from casync_updater.errors import LocalError
 from casync_updater.live import Live, LiveEntry, only_daemon, write_live
 from casync_updater.logs import fields
@@ -30,6 +31,7 @@ from casync_updater.scheduler import (
     Configured,
     Ended,
     Event,
+    MediaAppeared,
     Order,
     RunStartup,
     Schedule,
@@ -68,7 +70,7 @@ _LEVELS = {
 
 
 class Watcher(Protocol):
-    """Sees the network (and drives) come back, in the daemon's own loop; never waits."""
+    """Sees the network come back, in the daemon's own loop; never waits."""
 
     def fileno(self) -> int:
         """One descriptor that is readable when `handle` has something to do."""
@@ -149,6 +151,7 @@ class Daemon:
         self._events: list[Event] = []
         self._children: list[Child] = []
         self._watcher: Watcher | None = None
+        self._drives: Drives | None = None
         self._selector: selectors.BaseSelector
         self._offset = 0.0
         """What turns monotonic seconds into seconds since 1970."""
@@ -157,6 +160,8 @@ class Daemon:
         self._last: dict[str, tuple[Outcome, str]] = {}
         self._reasons: dict[str, Reason] = {}
         """Who started the last cycle of each entry."""
+        self._heard_of: dict[str, tuple[Step, int]] = {}
+        """What the journal has of each cycle that a drive is waiting for."""
         self._told: tuple[Live, str] | None = None
         self._tell_at = self._extend_at = self._ping_at = -math.inf
 
@@ -189,6 +194,7 @@ class Daemon:
             yield
         finally:
             self._unwatch()
+            self._leave_drives()
             self._live.unlink(missing_ok=True)
 
     def _turn(self) -> None:
@@ -203,7 +209,9 @@ class Daemon:
         if self._phase == "running":
             if self._reload:
                 self._do_reload(now)
+            self._ask_drives(now)
             self._decide(now)
+            self._serve_drives()
         self._tell(now)
 
     def _deadlines(self, now: float) -> Iterable[float]:
@@ -254,10 +262,14 @@ class Daemon:
             self._log_result(task, result)
             if self._watcher is not None:
                 self._watcher.cycle_ended(task.name, reached=result.reached)
+            if self._drives is not None:
+                self._drives.cycle_ended(task.name, result)
             self._events.append(Ended(task.name, result.checked, result.actions))
         elif code < 0 and self._phase != "stopping":
             # With an exit code, it has said itself what failed.
             log.error("%s: its process %s", task.title, how, extra=fields(task.name))
+        if task.kind in (Kind.ATTACH, Kind.DETACH) and self._drives is not None:
+            self._drives.task_ended(task, ok=code == 0)
         if task.kind is Kind.RECOVER and self._phase == "starting":
             self._begin()
 
@@ -276,14 +288,34 @@ class Daemon:
         except LocalError as error:
             self._blind(error)
 
+    def _ask_drives(self, now: float) -> None:
+        """Take in which drives appeared; what is being fetched may be on one of them."""
+        assert self._drives is not None
+        for event in self._drives.take_events():
+            self._events.append(event)
+            self._hurry(event, now)
+
+    def _hurry(self, event: MediaAppeared, now: float) -> None:
+        """End the fetching over the network: the drive goes on with what is there of it."""
+        for child in self._children:
+            task = child.task
+            if task.kind is Kind.CYCLE and task.name in event.names and child.step is Step.BUILD:
+                log.info(
+                    "%s: a drive appeared: the fetching begins anew, and keeps what it has",
+                    task.name,
+                    extra=fields(task.name),
+                )
+                child.tell_to_stop(now)
+
     # What is done
 
     def _begin(self) -> None:
-        """Recovery is over: the service is up, and the network counts from here."""
+        """Recovery is over: the service is up, and network and drives count from here."""
         self._phase = "running"
         self._notifier.ready()
         self._events.append(Configured(self._configuration.entries))
         self._look()
+        self._drives = Drives(self._configuration, self._selector, self._clock)
 
     def _do_reload(self, now: float) -> None:
         self._reload = False
@@ -291,6 +323,8 @@ class Daemon:
         self._read_configuration()
         self._events.append(Configured(self._configuration.entries))
         self._look()
+        if self._drives is not None:
+            self._drives.configure(self._configuration)
         self._notifier.ready()
 
     def _look(self) -> None:
@@ -340,13 +374,27 @@ class Daemon:
             case StartCycle(name, reason):
                 log.debug("%s: a cycle starts (%s)", name, reason, extra=fields(name))
                 self._reasons[name] = reason
+                self._heard_of.pop(name, None)
+                if self._drives is not None:
+                    self._drives.cycle_started(name)
                 offline = self._watcher is not None and self._watcher.believed_offline(name)
                 if not self._start(Task(Kind.CYCLE, name, reason, offline=offline)):
                     self._events.append(Ended(name, checked=False))
+                    if self._drives is not None:
+                        end = CycleEnd(Outcome.FAILED, 1, "its process cannot be started")
+                        self._drives.cycle_ended(name, end)
             case RunStartup(name, skip):
                 commands = self._schedule.slots[name].entry.startup
                 if any(command not in skip for command in commands):
-                    self._start(Task(Kind.STARTUP, name, skip=skip))
+                    self._start(Task(Kind.STARTUP, name, input=skip))
+
+    def _serve_drives(self) -> None:
+        """Start what mounts and unmounts them."""
+        assert self._drives is not None
+        while tasks := self._drives.take_tasks():
+            for task in tasks:
+                if not self._start(task):
+                    self._drives.task_ended(task, ok=False)
 
     def _start(self, task: Task) -> bool:
         try:
@@ -366,6 +414,7 @@ class Daemon:
         self._extend_at = -math.inf
         self._notifier.stopping()
         self._unwatch()
+        self._leave_drives()
         for child in self._children:
             child.tell_to_stop(self._clock.monotonic())
 
@@ -379,12 +428,21 @@ class Daemon:
             self._selector.unregister(watcher)
             watcher.close()
 
+    def _leave_drives(self) -> None:
+        drives, self._drives = self._drives, None
+        if drives is not None:
+            drives.close()
+
     def _silence(self, child: Child) -> float | None:
         """Seconds that a child may say nothing."""
-        if child.task.kind is not Kind.STARTUP:
-            return self._configuration.settings.daemon.stall_timeout
-        # Startup commands take as long as they like, and outlive the child that watches them.
-        return self._grace if self._phase == "stopping" else None
+        match child.task.kind:
+            case Kind.RECOVER | Kind.CYCLE:
+                return self._configuration.settings.daemon.stall_timeout
+            case Kind.STARTUP if self._phase == "stopping":
+                # Its commands outlive the child that watches them.
+                return self._grace
+        # Startup commands take as long as they like; what is done with a drive has time-outs.
+        return None
 
     # What is told
 
@@ -415,6 +473,7 @@ class Daemon:
         if self._waiting_for_children() and now >= self._extend_at:
             self._notifier.extend(_EXTENSION)
             self._extend_at = now + _EXTENSION / 4
+        self._tell_of_drives()
         picture = self._picture(now)
         if picture == self._told or now < self._tell_at:
             return
@@ -452,30 +511,56 @@ class Daemon:
         online = None
         if self._watcher is not None:
             online = json.loads(json.dumps(self._watcher.report()))
-        live = Live(os.getpid(), self._phase, entries, online)
+        drives = [] if self._drives is None else self._drives.report()
+        live = Live(os.getpid(), self._phase, entries, online, drives)
         return live, self._words(live)
 
+    def _tell_of_drives(self) -> None:
+        """The journal gets each step, and each quarter of a long one, that a drive waits for."""
+        for child in self._children:
+            name = child.task.name
+            drive = self._drive_of(child)
+            if drive is None or child.step is Step.CHECK:
+                continue
+            progress = child.progress
+            quarter = 0
+            if progress is not None and progress.total:
+                quarter = 4 * progress.done // progress.total
+            if self._heard_of.get(name) != (child.step, quarter):
+                self._heard_of[name] = (child.step, quarter)
+                words = _doing(child, from_drive=True)
+                log.info("drive %s: %s: %s", drive, name, words, extra=fields(name))
+
+    def _drive_of(self, child: Child) -> str | None:
+        if self._drives is None or child.task.kind is not Kind.CYCLE:
+            return None
+        return self._drives.of_entry(child.task.name)
+
     def _words(self, live: Live) -> str:
-        busy = [
-            f"{child.task.title}: {_doing(child)}"
-            for child in self._children
-            if child.task.kind is not Kind.STARTUP
-        ]
+        busy = []
+        for child in self._children:
+            if child.task.kind in (Kind.RECOVER, Kind.CYCLE):
+                drive = self._drive_of(child)
+                words = f"{child.task.title}: {_doing(child, from_drive=drive is not None)}"
+                busy.append(words if drive is None else f"drive {drive}: {words}")
         if self._phase == "stopping":
             return "; ".join(["stopping", *busy])
-        if busy:
+        if self._drives is not None:
+            busy += self._drives.words()
+        if any(child.task.kind is not Kind.STARTUP for child in self._children):
             return "; ".join(busy)
         if not live.entries:
-            return "no entries"
+            return "; ".join([*busy, "no entries"])
         at = min(
             (entry.next_check for entry in live.entries.values() if entry.next_check), default=0
         )
-        return f"idle; next check at {time.strftime('%H:%M:%S', time.localtime(at))}"
+        idle = f"idle; next check at {time.strftime('%H:%M:%S', time.localtime(at))}"
+        return "; ".join([*busy, idle])
 
 
-def _doing(child: Child) -> str:
+def _doing(child: Child, *, from_drive: bool) -> str:
     """What a child does, in words: ``fetching 1.4.2, 34 %, 3.1 of 9.2 MB``."""
-    words = _VERBS[child.step]
+    words = "reading" if from_drive and child.step is Step.BUILD else _VERBS[child.step]
     if child.version is not None:
         words += f" {child.version}"
     return words + _amount(child.progress)

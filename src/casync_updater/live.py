@@ -51,6 +51,8 @@ class Live:
     entries: Mapping[str, LiveEntry] = field(default_factory=dict)
     online: Any = None
     """The report of online detection, as JSON has it; None while there is none."""
+    drives: Any = ()
+    """The drives that are there, as JSON has them."""
 
 
 def write_live(path: Path, live: Live) -> None:
@@ -72,7 +74,13 @@ def write_live(path: Path, live: Live) -> None:
         }
         for name, entry in live.entries.items()
     }
-    document = {"pid": live.pid, "phase": live.phase, "entries": entries, "online": live.online}
+    document = {
+        "pid": live.pid,
+        "phase": live.phase,
+        "entries": entries,
+        "online": live.online,
+        "drives": live.drives,
+    }
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(document))
     new.replace(path)

@@ -185,6 +185,9 @@ class Mark:
 
     serial: int
     date: float
+    digest: str | None = field(default=None, compare=False)
+    """The archive digest that was accepted under the serial; state files of earlier versions
+    do not say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +211,7 @@ class Release:
     @property
     def mark(self) -> Mark:
         """The release's place in the order."""
-        return Mark(self.serial, self.date)
+        return Mark(self.serial, self.date, self.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +335,18 @@ class OnlineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaSettings:
+    """``[media]``: update drives."""
+
+    labels: tuple[str, ...] = ()
+    """Of file systems that the daemon mounts itself; none is mounted where there is none."""
+    on_start: str = ""
+    on_success: str = ""
+    on_failure: str = ""
+    """Commands; empty for none."""
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """``[daemon]``: the daemon and the checks of what it installed. Seconds."""
 
@@ -351,4 +366,5 @@ class Settings:
     trust: TrustSettings = field(default_factory=TrustSettings)
     actions: ActionSettings = field(default_factory=ActionSettings)
     online: OnlineSettings = field(default_factory=OnlineSettings)
+    media: MediaSettings = field(default_factory=MediaSettings)
     daemon: DaemonSettings = field(default_factory=DaemonSettings)

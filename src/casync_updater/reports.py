@@ -59,9 +59,12 @@ class CycleEnd:
     message: str
     serial: int | None = None
     version: str | None = None
+    """The version that is installed now."""
     actions: tuple[str, ...] = ()
     """The commands that ran as triggers; `startup` does not repeat them."""
     source: Origin | None = None
+    had: str | None = None
+    """The version that was installed before."""
 
     @property
     def checked(self) -> bool:
@@ -190,6 +193,7 @@ def _report(document: Any) -> Report | None:
                 _optional(rest.get("version")),
                 tuple(_text(command) for command in actions),
                 None if source is None else Origin(source),
+                _optional(rest.get("had")),
             )
     return None
 

@@ -12,6 +12,8 @@
                                  .signed (empty) where a signature of that was verified,
                                  .record what the own extractor knows of the tree, or else
                                  .mtree.zst its manifest
+    STATE/NAME/versions/accepted.release, .signed
+                                 likewise, of the release that is marked as the highest
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
 The companions of a version are written and synced before the state that names them, so a state
@@ -35,6 +37,8 @@ from casync_updater.formats.record import Window
 from casync_updater.model import Entry, Identity, Installed, Mark
 
 FORMAT = 1
+
+_ACCEPTED = "accepted"
 
 
 class ActionState(StrEnum):
@@ -389,21 +393,23 @@ class StateFolder:
             self.keep_release(installed, release, signed=signed)
 
     def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
-        """Write the text of a version's release, and whether its signature was verified.
+        """Write the text of a version's release, and whether its signature was verified."""
+        _write_release(self.release(installed), release, signed=signed)
 
-        What is marked as verified counts as that when the state has to be rebuilt, so the mark
-        is made after the text, and removed before it.
+    def keep_accepted(self, release: bytes | None, *, signed: bool) -> None:
+        """Keep the text of the highest release that was accepted, installed or not.
+
+        The marks of a broken state file come back from it. None forgets it.
         """
-        mark = self._version(installed, ".signed")
-        if not signed:
-            mark.unlink(missing_ok=True)
-        write_atomic(self.release(installed), release)
-        if signed:
-            write_atomic(mark, b"")
+        file = self.path / "versions" / f"{_ACCEPTED}.release"
+        if release is None:
+            file.unlink(missing_ok=True)
+        else:
+            _write_release(file, release, signed=signed)
 
     def forget_versions(self, state: State) -> None:
         """Remove the companions of versions that the state names no more."""
-        named = {kept.installed.index_sha256 for kept in state.previous}
+        named = {_ACCEPTED, *(kept.installed.index_sha256 for kept in state.previous)}
         if state.installed is not None:
             named.add(state.installed.index_sha256)
         if state.journal is not None:
@@ -448,6 +454,20 @@ class StateFolder:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _write_release(file: Path, text: bytes, *, signed: bool) -> None:
+    """Write a release's text, and whether its signature was verified.
+
+    What is marked as verified counts as that when the state has to be rebuilt, so the mark is
+    made after the text, and removed before it.
+    """
+    mark = file.with_suffix(".signed")
+    if not signed:
+        mark.unlink(missing_ok=True)
+    write_atomic(file, text)
+    if signed:
+        write_atomic(mark, b"")
 
 
 def _try_lock(descriptor: int) -> bool:

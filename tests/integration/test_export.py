@@ -34,6 +34,11 @@ def drive(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_folder_is_made(appliance: Appliance, drive: Path) -> None:
+    assert "is complete" in appliance.run("export", "tree", drive / "updates").stdout
+    assert "complete" in appliance.run("verify-store", drive).stdout
+
+
 def test_an_exported_drive_updates_another_device(
     world: World, appliance: Appliance, drive: Path, tmp_path: Path
 ) -> None:
@@ -46,6 +51,12 @@ def test_an_exported_drive_updates_another_device(
     other = Appliance(tmp_path / "other", drive, signedBy=keyring)
     other.update()
     assert snapshot(other.destination) == world.snapshots[1]
+    (release,) = appliance.run("verify-store", drive, "--keyring", keyring, "--json").json[
+        "releases"
+    ]
+    assert (release["project"], release["version"]) == ("tree", "1.0")
+    assert release["signed"] is release["complete"] is True
+    assert release["chunks"] > 0
     assert "0 chunks" in appliance.run("export", "tree", drive).stdout
 
 
@@ -60,7 +71,11 @@ def test_the_names_are_those_of_the_backup(appliance: Appliance, drive: Path) ->
 def test_what_is_not_written_to(
     world: World, appliance: Appliance, drive: Path, tmp_path: Path
 ) -> None:
-    assert "does not exist" in appliance.run("export", "tree", drive / "no", code=1).stderr
+    missing = drive / "not" / "plugged in"
+    assert "cannot be made" in appliance.run("export", "tree", missing, code=1).stderr
+    assert not missing.parent.exists()
+    (drive / "file").write_text("x")
+    assert "File exists" in appliance.run("export", "tree", drive / "file", code=1).stderr
     assert "no entry" in appliance.run("export", "nobody", drive, code=2).stderr
     newer = copy(world.sites[2], tmp_path / "newer")
     before = snapshot(newer)
@@ -87,6 +102,9 @@ def test_verify_store_finds_what_is_wrong(
     assert chunk.name in appliance.run("verify-store", site, *keyring, code=1).stdout
     chunk.unlink()
     assert chunk.stem in appliance.run("verify-store", site, *keyring, code=1).stdout
+    (broken,) = appliance.run("verify-store", site, "--json", code=1).json["releases"]
+    assert broken["complete"] is False
+    assert chunk.stem in broken["error"]
     chunk.write_bytes(data)
     (site / "tree.caidx.release").unlink()
     assert "no release" in appliance.run("verify-store", site, *keyring, code=1).stdout

@@ -14,7 +14,7 @@ FLOORS = (
     ("formats", "release", "reports", "logs", "live"),
     ("tools", "config", "scheduler"),
     ("trust", "sources", "online", "children"),
-    ("state", "takeover", "network"),
+    ("state", "takeover", "network", "drives"),
     ("cycle", "server", "daemon"),
     ("cli",),
     ("__main__",),

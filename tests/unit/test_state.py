@@ -173,6 +173,9 @@ BROKEN = [
     b'{"destination": "/srv/x", "journal": {"intent": "perhaps"}}',
     b"[" * 200_000,
     b'{"destination": "/srv/x", "last_check": ' + b"9" * 5000 + b"}",
+    b'{"destination": "/srv/x", "last_check": ' + b"9" * 400 + b"}",
+    b'{"destination": "/srv/x", "newest_date": NaN}',
+    b'{"destination": "/srv/x", "newest_date": 1e999}',
 ]
 
 
@@ -204,6 +207,34 @@ def test_the_marks_come_back_from_the_releases_that_are_kept(folder: StateFolder
         unsigned_mark=Mark(8, 8 * DAY),
         newest_date=9 * DAY,
     )
+
+
+def test_the_mark_comes_back_of_what_was_accepted_and_never_installed(folder: StateFolder) -> None:
+    """Also when a cycle with a lost state has forgotten every version since."""
+    folder.keep_version(installed(serial=5), b"index", release(5, DAY), None, signed=True)
+    folder.keep_accepted(release(6, 2 * DAY), signed=True)
+    for _ in range(2):
+        (folder.path / "state.json").write_bytes(b"broken")
+        state = folder.load()
+        assert state.signed_mark == Mark(6, 2 * DAY)
+        assert state.signed_mark.digest == "b" * 64
+        folder.forget_versions(state)
+    folder.keep_accepted(release(7, 3 * DAY), signed=False)
+    state = folder.load()
+    assert (state.signed_mark, state.unsigned_mark) == (None, Mark(7, 3 * DAY))
+    folder.keep_accepted(None, signed=False)
+    assert not folder.load().accepted_release
+
+
+def test_a_mark_of_an_earlier_version_has_no_digest(folder: StateFolder) -> None:
+    text = {"destination": "/srv/x", "signed_mark": {"serial": 5, "date": 50}}
+    (folder.path / "state.json").write_text(json.dumps(text))
+    mark = folder.load().signed_mark
+    assert mark == Mark(5, 50.0)
+    assert mark.digest is None
+    state = accepted(folder.load(), Mark(5, 50.0, "d"), signed=True)
+    assert state.signed_mark is not None
+    assert state.signed_mark.digest == "d"
 
 
 def test_a_signature_that_nobody_verified_is_none(folder: StateFolder) -> None:

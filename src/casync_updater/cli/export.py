@@ -14,15 +14,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = add_name_parser(
         commands, "export", "write the installed version onto a drive for other devices", run
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a folder on the drive")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="a folder on the drive; it is made where missing"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Mirror one entry into a folder, under the names that its backup has."""
+    """Mirror one entry into a folder, under the names that its backup has.
+
+    The folder above it must be there: a drive that is not plugged in is no reason to fill the
+    disk below its mount point.
+    """
     folder: Path = arguments.folder.absolute()
-    if not folder.is_dir():
-        raise LocalError(f"the folder {folder} does not exist")
     with held(arguments) as (entry, cycle):
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise LocalError(f"the folder {folder} cannot be made: {error.strerror}") from error
         place = exported(entry, folder)
         done = cycle.export(place)
     print(

@@ -24,6 +24,8 @@ COMMANDS = (
     "verify-store",
     "recover",
     "startup",
+    "attach",
+    "detach",
 )
 """Each is the name of a module beside this one, with ``_`` for ``-``."""
 

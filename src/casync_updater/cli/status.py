@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     root = state_dir(arguments)
     live = read_live(root)
     hosts = (live.get("online") or {}).get("hosts", ())
+    drives = live.get("drives", ())
     found = [
         _entry(
             entry,
@@ -42,11 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.json:
         online = None if live.get("online") is None else {"hosts": [*map(public, hosts)]}
-        document = {"version": __version__, "online": online, "entries": found}
+        document = {"version": __version__, "online": online, "drives": drives, "entries": found}
         print(json.dumps(document, indent=2))
     else:
         for host in hosts:
             print(line(host))
+        for drive in drives:
+            print("drive {name} ({mountPoint}): {message}".format(**drive))
         for item in found:
             _show(item)
     return 0

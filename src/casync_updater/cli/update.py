@@ -20,6 +20,9 @@ from casync_updater.state import StateFolder
 
 _FOREVER = 1e9
 
+_MEDIA_PATIENCE = 60.0
+"""Seconds that a drive waits for an operator's command: it is plugged in once."""
+
 _OFFLINE_CONNECT = 5.0
 """Seconds for the one attempt at a source that is believed to be out of reach."""
 
@@ -84,8 +87,11 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
         # An action of this very entry's cycle asks: waiting for the lock would never end.
         folder.queued.touch()
         return CycleEnd(Outcome.CURRENT, 0, "queued: one more cycle follows this one")
+    wait = _FOREVER
+    if reporting:
+        wait = _MEDIA_PATIENCE if reason is Reason.MEDIA else 0.0
     try:
-        with folder.locked(reason.value, wait=0.0 if reporting else _FOREVER) as lock:
+        with folder.locked(reason.value, wait=wait) as lock:
             while True:
                 folder.queued.unlink(missing_ok=True)
                 log = entry_log(entry, reason)

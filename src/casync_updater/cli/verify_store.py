@@ -1,7 +1,9 @@
 """``verify-store``: check a drive or a site on any machine, without a configuration."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from casync_updater.clock import SystemClock
 from casync_updater.cycle.inspect import Inspected, inspect
@@ -23,6 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="who must have signed (may be given more than once; default: signatures are not"
         " demanded)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
@@ -34,8 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     found = list(inspect(folder, [path.absolute() for path in arguments.keyring], SystemClock()))
     if not found:
         raise LocalError(f"{folder}: there is neither a release nor an index")
-    for one in found:
-        print(_line(one))
+    if arguments.json:
+        print(json.dumps({"releases": [_document(one) for one in found]}, indent=2))
+    else:
+        for one in found:
+            print(_line(one))
     return exit_code([one.error for one in found if one.error is not None])
 
 
@@ -49,3 +55,17 @@ def _line(one: Inspected) -> str:
         f"{one.index}: {release.project} {release.version} (serial {release.serial}), {who},"
         f" {one.chunks} chunks, complete"
     )
+
+
+def _document(one: Inspected) -> dict[str, Any]:
+    vouched = one.vouched
+    return {
+        "index": str(one.index),
+        "project": vouched and vouched.release.project,
+        "version": vouched and vouched.release.version,
+        "serial": vouched and vouched.release.serial,
+        "signed": vouched is not None and vouched.signed,
+        "chunks": one.chunks,
+        "complete": one.error is None,
+        "error": None if one.error is None else str(one.error),
+    }

@@ -106,6 +106,21 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "directory": Key("folder", "Folder in which actions and startup commands run."),
         "timeout": Key(_SECONDS, "Seconds after which an action is ended; startup has no limit."),
     },
+    "media": {
+        "labels": Key(
+            "labels",
+            "Labels of file systems, separated by commas: a drive that has one of them is mounted"
+            " at /run/media/casync-updater/LABEL, brings its updates to the entries whose"
+            " backupIndex lies there, gets a report, and is unmounted. None is the default: who"
+            " mounts drives is up to you, and one that is mounted is used all the same.",
+        ),
+        "on_start": Key(
+            "command",
+            "Shell command that runs when a drive was found, to blink a LED for instance.",
+        ),
+        "on_success": Key("command", "The same when it is done and all went well."),
+        "on_failure": Key("command", "The same when it is done and something failed."),
+    },
     "daemon": {
         "verify_interval": Key(
             _SECONDS, "Seconds between two checks of the installed content; damage is repaired."
@@ -406,6 +421,25 @@ def _host(word: str) -> tuple[str, int]:
     return name.lower(), port
 
 
+def _labels(value: object) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list):
+        raise BadValueError("is no list; write labels separated by commas")
+    for word in words:
+        if "/" in word or word in (".", "..") or not word.isprintable():
+            raise BadValueError(
+                f"has {shown(word)}, which cannot be the name of a folder to mount at; give the"
+                " drive a label without '/' and control characters"
+            )
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def _command(value: object) -> str:
+    if isinstance(value, list):
+        raise BadValueError("has a comma; put quotes around the whole command")
+    return _single(value)
+
+
 def _path(value: object) -> Path:
     found = path(_single(value))
     if not found.is_absolute():
@@ -435,6 +469,8 @@ CHECKS: Mapping[str, Callable[..., object]] = {
     "whole": _whole,
     "choice": _choice,
     "hosts": _hosts,
+    "labels": _labels,
+    "command": _command,
     "path": _path,
     "folder": _folder,
     "file": _file,

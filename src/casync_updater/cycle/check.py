@@ -214,14 +214,16 @@ class Checker:
         release = candidate.release
         mark = self.state.signed_mark if candidate.signed else self.state.unsigned_mark
         installed = self.state.installed
-        known_digest = None if mark is None else self._digest_of(mark.serial)
-        match order(release, mark, known_digest):
+        if mark is not None and mark.digest is None:
+            mark = replace(mark, digest=self._digest_of(mark.serial))
+        match order(release, mark):
             case Order.OLDER:
                 return self._older(candidate, release, mark)
             case Order.CONFLICT:
+                assert mark is not None
                 raise TrustError(
                     "serial",
-                    expected=f"archive {known_digest} for serial {release.serial}",
+                    expected=f"archive {mark.digest} for serial {release.serial}",
                     found=f"archive {release.digest}",
                     where=candidate.where,
                 )
@@ -252,7 +254,7 @@ class Checker:
         return self._unless_held(candidate)
 
     def _digest_of(self, serial: int) -> str | None:
-        """The digest that was seen here under a serial, installed now or before."""
+        """The digest that was seen here under a serial, for a mark that does not say it."""
         seen = {bad.serial: bad.digest for bad in self.state.bad}
         seen |= {kept.installed.serial: kept.installed.digest for kept in self.state.previous}
         if self.state.installed is not None:

@@ -49,10 +49,7 @@ from casync_updater.model import (
 from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
 from casync_updater.sources.base import shown
-from casync_updater.state import (
-    Bad,
-    UnrecordedError,
-)
+from casync_updater.state import Bad, State, UnrecordedError
 from casync_updater.tools import casync
 from casync_updater.tools.inhibitor import shutdown_inhibited
 from casync_updater.trust import unwrap
@@ -68,6 +65,12 @@ class Cycle(Session):
             reason: who started the cycle; actions and the log are told.
             accept_legacy: take a source without a release this once.
         """
+        had = self._folder.peek().installed
+        end = self._run(reason, accept_legacy)
+        has = self._state.installed
+        return replace(end, had=_called(had), version=end.version or _called(has))
+
+    def _run(self, reason: Reason, accept_legacy: bool) -> CycleEnd:
         try:
             with contextlib.ExitStack() as stack:
                 self._state = self._folder.load()
@@ -96,7 +99,9 @@ class Cycle(Session):
 
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
+        before = self._state
         checked = self.check(accept_legacy=accept_legacy)
+        self._keep_accepted(before, checked.outcome.candidate)
         if self._entry.self_update:
             self._own_upgrade.checked(self._outside.clock.boot_id())
         for failure in checked.failures:
@@ -145,6 +150,12 @@ class Cycle(Session):
             site = survey(self._entry, self._state.no_exchange)
             self._log.warning("%s: updating in place, which is not atomic", error)
             return self._install(site, offer, checked, reason)
+
+    def _keep_accepted(self, before: State, candidate: Candidate) -> None:
+        """Keep what raised a mark, so that no broken state file lets anything older in."""
+        marks = (self._state.signed_mark, self._state.unsigned_mark)
+        if marks != (before.signed_mark, before.unsigned_mark):
+            self._folder.keep_accepted(candidate.text, signed=candidate.signed)
 
     def _renew(self, candidate: Candidate) -> None:
         """Keep the text of a release that was signed again: the backup drive gets it as well."""
@@ -523,7 +534,8 @@ class Cycle(Session):
     def _note(self, checked: Checked) -> None:
         """Record that a source answered; what another one was refused for stays visible."""
         now = self._outside.clock.time()
-        refused = next((e for e in checked.failures if isinstance(e, TrustError)), None)
+        refusals = (e for e in checked.failures if isinstance(e, TrustError | ContentError))
+        refused = next(refusals, None)
         self._state = replace(
             self._state,
             last_check=now,
@@ -554,6 +566,11 @@ class Cycle(Session):
             actions=commands,
             source=candidate.origin,
         )
+
+
+def _called(installed: Installed | None) -> str | None:
+    """A version in words."""
+    return None if installed is None else installed.version or installed.digest[:12]
 
 
 _TRIALS = 2

@@ -258,7 +258,7 @@ class SelfUpdate:
         folder = self._root / "bad"
         if not folder.is_dir():
             return {}
-        return {file.name: file.read_text(errors="replace") for file in folder.iterdir()}
+        return {file.name: file.read_text(errors="replace") for file in folder.glob("[!.]*")}
 
     def forget_older(self, version: str) -> None:
         """Forget what failed before a version that works."""

@@ -12,6 +12,7 @@ from casync_updater.clock import Clock
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
 from casync_updater.cycle.check import Checker, by_hash
+from casync_updater.cycle.demands import read_slots
 from casync_updater.cycle.mirror import Mirror, Mirrored, present
 from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
 from casync_updater.cycle.staging import Site, survey
@@ -39,11 +40,12 @@ from casync_updater.model import (
     Origin,
     Progress,
     Reason,
+    Release,
     Settings,
     Step,
 )
 from casync_updater.reports import CycleEnd, Outcome
-from casync_updater.sources.base import Source
+from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
 from casync_updater.state import (
     Bad,
@@ -146,6 +148,20 @@ class Session:
             return checker.check(openers)
         finally:
             self._state = checker.state
+
+    def on_drive(self) -> Release | None:
+        """What the backup drive holds for this entry; nothing of it is read but the release.
+
+        Raises:
+            TrustError: the drive is foreign.
+            UpdaterError: it cannot be read.
+        """
+        self._state = self._folder.peek()
+        try:
+            newest = read_slots(self._source(Origin.BACKUP), self._checker().demands()).newest
+        finally:
+            self._close()
+        return None if newest is None else newest.release
 
     def differences(self, site: Site, installed: Installed) -> Iterator[Difference]:
         """How the destination differs from the installed version, contents included."""
@@ -320,16 +336,22 @@ class Session:
                 # What a commit announced stays announced, until recovery has looked.
                 self._state = saved
             self._state = replace(self._state, last_check=now, last_error=str(error))
-            if isinstance(error, TrustError):
+            if isinstance(error, TrustError | ContentError):
                 self._state = replace(self._state, refused=self._refusal(error, now))
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
 
-    def _refusal(self, error: TrustError, now: float) -> Refusal:
+    def _refusal(self, error: TrustError | ContentError, now: float) -> Refusal:
         """What `status` shows; what was refused for the same reason before keeps its time."""
+        if isinstance(error, TrustError):
+            refused = Refusal(error.check, error.expected, error.found, error.where, now)
+        else:
+            source = shown(self._entry.source.index)
+            refused = Refusal("content", "what the publisher made", str(error), source, now)
         before = self._refused_before
-        since = before.since if before is not None and before.check == error.check else now
-        return Refusal(error.check, error.expected, error.found, error.where, since)
+        if before is not None and before.check == refused.check:
+            refused = replace(refused, since=before.since)
+        return refused
 
 
 _MTREE_CARRIES = frozenset(

@@ -311,46 +311,52 @@ def load(path: Path) -> Record | None:
         return None
     except OSError as error:
         raise LocalError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, IndexError, struct.error, zstandard.ZstdError) as error:
+    except (ValueError, IndexError, StopIteration, struct.error, zstandard.ZstdError) as error:
         raise ContentError(f"{path} is damaged or cut off: {error}") from error
 
 
 def _parse(file: BinaryIO) -> Record:
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("it is no record")
+    parts = iter(_checked_parts(file))
+
+    def column(code: str) -> array[int]:
+        out = array(code)
+        out.frombytes(unpack(next(parts)))
+        return out
+
+    unpack = zstandard.ZstdDecompressor().decompress
+    flags, chunk_min, chunk_avg, chunk_max = _INDEX.unpack(next(parts))
+    index = Index(flags, chunk_min, chunk_avg, chunk_max, unpack(next(parts)))
+    kinds = bytearray(unpack(next(parts)))
+    starts, places = _sum(column("Q")), _sum(column("Q"))
+    spans, parents = column("I"), column("I")
+    inodes, mtimes, ctimes, modes = column("Q"), column("q"), column("q"), column("I")
+    size = int.from_bytes(next(parts), "little")
+    skeleton = Blocks(list(parts), size)
+    return Record(
+        index, kinds, starts, places, spans, parents, inodes, mtimes, ctimes, modes, skeleton
+    )
+
+
+def _checked_parts(file: BinaryIO) -> list[bytes]:
+    """A record's parts, known to be what was written: a damaged length could be any memory."""
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size
-
-    def part() -> bytes:
+    parts: list[bytes] = []
+    while True:
         head = file.read(_LENGTH)
         size = int.from_bytes(head, "little")
         if len(head) < _LENGTH or size > left:
             raise ValueError("it ends early")
-        data = file.read(size)
-        if data:
-            digest.update(head)
-            digest.update(data)
-        return data
-
-    def column(code: str) -> array[int]:
-        out = array(code)
-        out.frombytes(unpack(part()))
-        return out
-
-    unpack = zstandard.ZstdDecompressor().decompress
-    flags, chunk_min, chunk_avg, chunk_max = _INDEX.unpack(part())
-    index = Index(flags, chunk_min, chunk_avg, chunk_max, unpack(part()))
-    kinds = bytearray(unpack(part()))
-    starts, places = _sum(column("Q")), _sum(column("Q"))
-    spans, parents = column("I"), column("I")
-    inodes, mtimes, ctimes, modes = column("Q"), column("q"), column("q"), column("I")
-    size = int.from_bytes(part(), "little")
-    skeleton = Blocks(list(iter(part, b"")), size)
+        if not size:
+            break
+        parts.append(file.read(size))
+        digest.update(head)
+        digest.update(parts[-1])
     if file.read() != digest.digest():
         raise ValueError("its checksum is wrong")
-    return Record(
-        index, kinds, starts, places, spans, parents, inodes, mtimes, ctimes, modes, skeleton
-    )
+    return parts
 
 
 def _delta(column: array[int]) -> array[int]:

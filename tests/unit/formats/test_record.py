@@ -1,9 +1,9 @@
+import hashlib
 import os
 from array import array
 from pathlib import Path
 
 import pytest
-from tests.unit.formats.test_archive import FLAGS, file, folder
 
 from casync_updater.errors import ContentError, LocalError
 from casync_updater.formats import record as record_format
@@ -18,6 +18,7 @@ from casync_updater.formats.record import (
     Window,
     kind_of,
 )
+from support.catar import FLAGS, file, folder
 
 DATA = b"0123456789" * 50
 STREAM = folder(
@@ -91,6 +92,25 @@ def test_damage_anywhere_is_found(record: Record, tmp_path: Path) -> None:
         path.write_bytes(good[:place])
         with pytest.raises(ContentError, match="damaged"):
             record_format.load(path)
+
+
+def test_nothing_is_unpacked_before_the_checksum_is_right(record: Record, tmp_path: Path) -> None:
+    """A damaged frame can announce any amount of memory, a damaged column overflow its sums."""
+    path = tmp_path / "record"
+    record.save(path)
+    good = path.read_bytes()
+    frame = good.index(bytes.fromhex("28b52ffd"))
+    bomb = bytes.fromhex("28b52ffd") + b"\xe0" + (1 << 60).to_bytes(8, "little")
+    path.write_bytes(good[:frame] + bomb + good[frame + len(bomb) :])
+    with pytest.raises(ContentError, match="checksum"):
+        record_format.load(path)
+
+
+def test_a_record_without_parts_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(b"casync-updater record 1\n" + bytes(8) + hashlib.sha256().digest())
+    with pytest.raises(ContentError, match="damaged"):
+        record_format.load(path)
 
 
 def test_no_record_is_none(tmp_path: Path) -> None:
