@@ -15,6 +15,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 
+class UnknownFieldError(ValueError):
+    """A field that this version does not know: a newer one wrote it."""
+
+
 def to_json(value: Any) -> Any:
     """What `json.dumps` takes for a value made of dataclasses, tuples, enums and paths."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -32,7 +36,8 @@ def from_json(kind: type[T], value: Any) -> T:
     """The dataclass that `to_json` made a value of; fields that are not there get defaults.
 
     Raises:
-        ValueError: a field has another type, is unknown, or is missing and has no default.
+        UnknownFieldError: a field is unknown.
+        ValueError: a field has another type, or is missing and has no default.
     """
     return _decode(kind, value, kind.__name__)  # type: ignore[no-any-return]
 
@@ -84,7 +89,7 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} is no object")
     hints = get_type_hints(kind)
     if unknown := value.keys() - hints.keys():
-        raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
+        raise UnknownFieldError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     arguments = {}
     for field in fields(kind):
         if field.name in value:

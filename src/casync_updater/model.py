@@ -112,6 +112,8 @@ class Entry:
     keep: int = 1
     health_check: tuple[str, ...] = ()
     apply: Apply = Apply.ATOMIC
+    self_update: bool = False
+    """The destination receives this program's own packages, which are installed."""
     file: Path = Path()
     """The configuration file that the entry stands in."""
 
@@ -352,6 +354,8 @@ class DaemonSettings:
     full_digest: bool = False
     stall_timeout: float = 600.0
     """Seconds without progress after which a cycle's process is ended."""
+    self_update_trial: float = 3600.0
+    """Seconds of connectivity within which a new version of this program completes a check."""
 
 
 @dataclass(frozen=True, slots=True)

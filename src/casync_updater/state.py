@@ -4,6 +4,7 @@
 
     STATE/NAME/state.json        this module's `State`, replaced as a whole
     STATE/NAME/state.json.broken what could not be read, set aside
+    STATE/NAME/state.json.format-N  the last state that a version with another format has left
     STATE/NAME/lock              held while a cycle runs
     STATE/NAME/queued            a cycle that an action of the same entry asked for
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
@@ -274,25 +275,29 @@ class StateFolder:
         kept beside it: the marks never fall back to nothing. State of another destination
         keeps the marks only.
 
+        One of another format is kept: whichever version wrote it finds it again, when it is
+        installed again. Of a newer format nothing can be told but that; what counts then is
+        what this version left before the newer one came, with the marks of the releases that
+        were accepted since. Trees that were installed since are drift to it, and looked at.
+
         Raises:
-            LocalError: the file is of a newer format, or the folder cannot be read.
+            LocalError: the file is of a newer format, and there is no other, or it cannot be
+                read or kept.
         """
-        file = self.path / "state.json"
         try:
-            data = json.loads(file.read_bytes())
-            if isinstance(data, dict) and data.get("format", 0) > FORMAT:
-                raise LocalError(
-                    f"{file} was written by a newer casync-updater (format {data['format']}):"
-                    " install that version again"
-                )
-            state = codec.from_json(State, data)
+            state, other = self._read()
+            if other is not None:
+                write_atomic(self._other(other[0]), other[1])
         except FileNotFoundError:
             return self._rebuilt()
         except OSError as error:
-            raise LocalError(f"{file} cannot be read: {error.strerror}") from error
+            raise LocalError(f"{error.filename or self.path}: {error.strerror}") from error
         except (ValueError, TypeError, RecursionError):
+            file = self.path / "state.json"
             file.replace(file.with_name("state.json.broken"))
             return self._rebuilt()
+        if other is not None and other[0] > FORMAT:
+            state = self._raised(state)
         if state.destination != self._destination:
             return State(
                 self._destination,
@@ -305,16 +310,51 @@ class StateFolder:
     def peek(self) -> State:
         """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
         try:
-            return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError):
+            return self._read()[0]
+        except (OSError, ValueError, TypeError, RecursionError, LocalError):
             return State(self._destination)
 
+    def _read(self) -> tuple[State, tuple[int, bytes] | None]:
+        """What this version makes of the file; with the format and bytes of one that is another.
+
+        Raises:
+            LocalError: it is of a newer format, and this version has left no file of its own.
+            OSError, ValueError, TypeError, RecursionError: it cannot be read, or is broken.
+        """
+        file = self.path / "state.json"
+        data = file.read_bytes()
+        document = json.loads(data)
+        found = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
+        newer = f"{file} was written by a newer casync-updater (format {found})"
+        if found > FORMAT:
+            own = self._other(FORMAT)
+            try:
+                document = json.loads(own.read_bytes())
+                state = codec.from_json(State, document)
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise LocalError(
+                    f"{newer}, and {own} cannot be read: install that version again"
+                ) from error
+        else:
+            try:
+                state = codec.from_json(State, document)
+            except codec.UnknownFieldError as error:
+                raise LocalError(f"{newer}, {error}: install that version again") from error
+        return replace(state, format=FORMAT), None if found == FORMAT else (found, data)
+
+    def _other(self, number: int) -> Path:
+        """Where the last state of a format is kept while another one is in use."""
+        return self.path / f"state.json.format-{number}"
+
     def _rebuilt(self) -> State:
-        """A state with the marks of every release that is still kept."""
+        """A state with nothing but marks."""
+        return self._raised(State(self._destination))
+
+    def _raised(self, state: State) -> State:
+        """The state with the marks of every release that is still kept."""
         from casync_updater.release import parse_release  # noqa: PLC0415 - deb822 is slow
         from casync_updater.trust import unwrap  # noqa: PLC0415
 
-        state = State(self._destination)
         for file in sorted((self.path / "versions").glob("*.release")):
             with contextlib.suppress(ContentError, OSError):
                 release = parse_release(unwrap(file.read_bytes()), str(file))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from casync_updater.cli.context import chosen
 from casync_updater.cli.places import state_dir
 from casync_updater.cli.single import add_name_parser
+from casync_updater.cycle.selfupdate import SelfUpdate
 from casync_updater.state import StateFolder
 
 _PATIENCE = 60.0
@@ -23,6 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     with folder.locked("resume", wait=_PATIENCE):
         state = folder.load()
         folder.save(replace(state, held=None, bad=()))
-    was = state.held or ("versions that failed" if state.bad else "nothing")
+        bad = bool(state.bad)
+        if entry.self_update:
+            own = SelfUpdate(state_dir(arguments))
+            bad = bad or bool(own.bad())
+            own.forgive()
+    was = state.held or ("versions that failed" if bad else "nothing")
     print(f"{entry.name}: was held by {was}; the next cycle goes on")
     return 0

@@ -133,6 +133,12 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "stall_timeout": Key(
             _SECONDS, "Seconds without progress after which a cycle's process is ended."
         ),
+        "self_update_trial": Key(
+            _SECONDS,
+            "A new version of casync-updater that an entry with selfUpdate installed, and that"
+            " completes no check of that entry within these seconds, is replaced by the version"
+            " before. Seconds in which no update host can be reached do not count.",
+        ),
     },
 }
 """Every setting, by section and name. A new one needs a field in `model`, a line here, and the

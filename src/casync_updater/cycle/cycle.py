@@ -1,7 +1,8 @@
 """The cycle: the one place where the order of the rooms stands.
 
-recover, check, plan, build, verify, commit, act, mirror. Resumable are check, plan, build,
-verify and mirror: they may be left anywhere and start again. Atomic is commit. Durable is act.
+recover, check, plan, build, verify, commit, act, mirror, and where the entry receives this
+program's own packages, their upgrade. Resumable are check, plan, build, verify and mirror: they
+may be left anywhere and start again. Atomic is commit. Durable are act and the upgrade.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from casync_updater.cycle.extract import supported
 from casync_updater.cycle.mirror import Condition, Mirror, is_read_only, present
 from casync_updater.cycle.plan import plan
 from casync_updater.cycle.record import kept_index, kept_nodes
+from casync_updater.cycle.selfupdate import SelfUpdate
 from casync_updater.cycle.session import Session
 from casync_updater.cycle.staging import Site, garbage, identity, remove, survey
 from casync_updater.cycle.stop import StoppedError
@@ -81,6 +83,9 @@ class Cycle(Session):
                 end = self._cycle(site, reason, accept_legacy)
                 self._prune(site)
                 self._folder.save(self._state)
+                # The very last step: what is started here stops the service that this is part of.
+                if self._entry.self_update:
+                    self._own_upgrade.start()
         except StoppedError as error:
             return CycleEnd(Outcome.STOPPED, 1, str(error))
         except UnrecordedError as error:
@@ -103,6 +108,8 @@ class Cycle(Session):
             self._mirror(site, self._checker().demands(), ())
             raise
         self._keep_accepted(before, checked.outcome.candidate)
+        if self._entry.self_update:
+            self._own_upgrade.checked(self._outside.clock.boot_id())
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
@@ -115,16 +122,19 @@ class Cycle(Session):
             self._renew(outcome.candidate)
             self._note(checked)
             self._mirror(site, checked.demands, checked.answered)
+            self._prepare_own_upgrade(site)
             return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
             self._mirror(site, checked.demands, checked.answered)
+            self._prepare_own_upgrade(site)
             return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
         with _blamed(offer.candidate.origin):
             commands = self._installed_somehow(site, offer, checked, reason)
         self._note(checked)
         self._prove(site)
         self._mirror(site, checked.demands, checked.answered)
+        self._prepare_own_upgrade(site)
         return self._end(
             Outcome.UPDATED,
             f"repaired {offer.candidate.version}"
@@ -466,6 +476,33 @@ class Cycle(Session):
             if isinstance(error, TrustError):
                 now = self._outside.clock.time()
                 self._state = replace(self._state, refused=self._refusal(error, now))
+
+    def _prepare_own_upgrade(self, site: Site) -> None:
+        """Prepare the installation of packages of this program, if that is what the entry has.
+
+        What is refused, or fails, does not fail the update of the destination; it is in the
+        cycle's end.
+        """
+        if not self._entry.self_update or self._state.held is not None:
+            return
+        try:
+            upgrade = self._own_upgrade.prepare(
+                site.destination, self._entry, self._settings, os.environ
+            )
+            if upgrade is not None:
+                self._log.info("%s", upgrade)
+        except StoppedError:
+            raise
+        except UpdaterError as error:
+            self._log.error("casync-updater stays as it is: %s", error)
+            self._failures.append(error)
+            if isinstance(error, TrustError):
+                now = self._outside.clock.time()
+                self._state = replace(self._state, refused=self._refusal(error, now))
+
+    @property
+    def _own_upgrade(self) -> SelfUpdate:
+        return SelfUpdate(self._outside.state_dir)
 
     def _is_behind(self, installed: Installed) -> bool:
         """Whether the device itself knows of something newer: it went back, or cannot install."""
