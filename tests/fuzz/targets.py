@@ -92,9 +92,8 @@ class Target:
 
 
 def scratch() -> Path:
-    """A folder in memory of this process, for parsers that read files."""
-    shm = Path("/dev/shm")
-    path = Path(tempfile.gettempdir() if not shm.is_dir() else shm) / f"fuzz-{os.getpid()}"
+    """A folder of this process, for parsers that read files. Whoever runs targets removes it."""
+    path = Path(tempfile.gettempdir()) / f"fuzz-{os.getpid()}"
     path.mkdir(exist_ok=True)
     return path
 
