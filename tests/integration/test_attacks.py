@@ -678,6 +678,20 @@ class TestKeyCompromise:
         assert victim.online().exit == 0
         assert victim.has(2)
 
+    def test_a_thief_who_signs_the_far_future(self, victim: Victim, world: World) -> None:
+        """It locks the publisher out; without its state, a device recognises what it has."""
+        date = 2_208_988_800.0
+        world.replace_release(victim.place, serial=int(date), date=date, valid_until=None)
+        assert victim.online().exit == 0
+        victim.device.source = location(world.sites[3])
+        end = victim.device.cycle()
+        assert "stale" in end.message
+        assert victim.has(2)
+        shutil.rmtree(victim.device.folder / "state" / "tree")
+        victim.device.source = location(world.sites[3])
+        assert victim.device.cycle().exit == 0
+        assert victim.has(3)
+
     @both
     def test_keys_are_changed_without_a_gap(
         self, victim: Victim, world: World, tmp_path: Path, where: str
