@@ -159,6 +159,10 @@ fuzz: deps ## For developers: fuzz every parser (TARGETS, SECONDS_EACH, SEED; an
 campaign-carry: deps ## One drive and ten devices of different ages, in random order
 	@$(call campaign,carry,50)
 
+.PHONY: campaign-drives
+campaign-drives: deps ## USB drives pulled out of a virtual machine, COUNT times each (root; long)
+	@USB_PULLS=$(or $(COUNT),20) $(PYTEST) -q tests/system/test_usb.py
+
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))

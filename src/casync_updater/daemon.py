@@ -60,6 +60,9 @@ _VERBS = {
 _TOLD = (Step.BUILD, Step.VERIFY, Step.COMMIT, Step.ACT, Step.MIRROR)
 """The steps that take long, of which the journal has those that a drive waits for."""
 
+_LONG = 10_000_000
+"""Bytes from which on the quarters of a step are in the journal too."""
+
 _LEVELS = {
     Outcome.CURRENT: logging.INFO,
     Outcome.UPDATED: logging.INFO,
@@ -527,7 +530,8 @@ class Daemon:
                 continue
             progress = child.progress
             quarter = 0
-            if progress is not None and progress.total:
+            if progress is not None and (progress.total or 0) > _LONG:
+                assert progress.total is not None
                 quarter = 4 * progress.done // progress.total
             if self._heard_of.get(name) != (child.step, quarter):
                 self._heard_of[name] = (child.step, quarter)

@@ -28,7 +28,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -377,15 +377,27 @@ class VirtualMachine:
         """Plug the network cable in, or pull it out, at this machine's end."""
         self._monitor.command("set_link", {"name": "network", "up": up})
 
-    def plug(self, name: str, image: Path) -> None:
+    def plug(
+        self,
+        name: str,
+        image: Path,
+        *,
+        read_only: bool = False,
+        errors: Sequence[dict[str, object]] = (),
+    ) -> None:
         """Put a USB drive into the running machine; what the system writes goes to the image.
 
         Args:
             name: for `unplug`; one that no other plugged drive has.
             image: the whole drive, of `make_drive` say.
+            read_only: its switch is set so that nothing can be written.
+            errors: rules by which it fails, ``inject-error`` of QEMU's blkdebug.
         """
-        file = {"driver": "file", "filename": str(image)}
-        self._monitor.command("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
+        file: dict[str, object] = {"driver": "file", "filename": str(image)}
+        if errors:
+            file = {"driver": "blkdebug", "image": file, "inject-error": list(errors)}
+        node = {"driver": "raw", "node-name": name, "file": file, "read-only": read_only}
+        self._monitor.command("blockdev-add", node)
         device = {"driver": "usb-storage", "bus": "usb.0", "id": f"{name}-device"}
         self._monitor.command("device_add", {**device, "drive": name, "removable": True})
 

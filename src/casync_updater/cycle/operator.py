@@ -20,6 +20,7 @@ from casync_updater.model import (
     Changes,
     Location,
     Origin,
+    Step,
 )
 from casync_updater.reports import CycleEnd
 
@@ -169,6 +170,7 @@ class Operator(Session):
         installed = self._state.installed
         if installed is None:
             raise LocalError(f"{self._entry.name}: nothing was installed yet")
+        self._monitor.step(Step.MIRROR, installed.version)
         mirror = Mirror(location, self._folder)
         drive, web = self._outside.open_source(location), self._source(Origin.SOURCE)
         try:

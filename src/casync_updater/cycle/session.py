@@ -279,7 +279,6 @@ class Session:
         self, mirror: Mirror, site: Site, installed: Installed, sources: Sequence[Source]
     ) -> Mirrored:
         """Bring a drive up to date; what the device does not have itself comes from sources."""
-        self._monitor.step(Step.MIRROR, installed.version)
         with self._chunk_chain(kept_index(self._folder, installed), list(sources)) as chunks:
             return mirror.refresh(
                 installed,

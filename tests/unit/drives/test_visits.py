@@ -77,6 +77,19 @@ def test_a_drive_comes_and_goes() -> None:
     assert table.tasks() == [(Kind.ATTACH, "/dev/sda1")]
 
 
+def test_who_sees_the_light_may_pull_it_out(caplog: pytest.LogCaptureFixture) -> None:
+    """The command at the end runs when it is unmounted, and its child has not ended then."""
+    table = Table()
+    table.plug()
+    table.mount(MOUNT, "a")
+    table.cycle("a")
+    table.unmount()
+    table.visits.left("/dev/sda1")
+    assert "in the middle" not in caplog.text
+    table.visits.detached(POINT, ok=True)
+    assert table.stages == []
+
+
 def test_it_is_visited_once_for_each_time_it_is_plugged_in() -> None:
     table = Table()
     table.plug()
