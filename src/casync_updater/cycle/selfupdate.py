@@ -183,8 +183,8 @@ class SelfUpdate:
             TrustError: refused; also a version that has failed here.
             LocalError: it cannot be installed now.
         """
-        if (plan := guard.read_plan(self._folder)) is not None:
-            return f"casync-updater {plan.version} is being installed"
+        if guard.read_plan(self._folder) is not None:
+            return f"casync-updater {self.words()}"
         if not Path("/run/systemd/system").is_dir():
             raise LocalError("selfUpdate needs systemd, which does not run here")
         if os.geteuid() != 0:

@@ -390,9 +390,10 @@ def test_the_unit(folder: Path, tmp_path: Path) -> None:
     assert f'ConditionPathExists={tmp_path}/100%% "$HOME"/plan.json\n' in text
     assert (units / "multi-user.target.wants" / unit.name).readlink() == unit
     (strange / "plan.json").unlink()
-    unit.unlink()
+    with contextlib.suppress(OSError):  # where no systemd runs, none can be told
+        arm(strange, units)
+    assert [path.name for path in units.rglob("*")] == ["multi-user.target.wants"]
     arm(strange, units)
-    assert not unit.exists(), "there is no upgrade any more"
 
 
 def test_a_process_says_when_it_began(folder: Path) -> None:
