@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from system.nspawn import RELEASES
 from system.repository import Repository, build
 
 NEWER = "1.0.1"
+RELEASE_MARKS = [
+    pytest.param(release, marks=[] if release == "bookworm" else pytest.mark.long)
+    for release in RELEASES
+]
 
 
 @pytest.fixture(scope="session")
