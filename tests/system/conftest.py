@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from system.nspawn import Machine
+from system.nspawn import RELEASES, Machine
 from system.repository import Repository, build, configure_apt, serve_packages
 from system.vm import System, kernel, make_system, virtual_base
 
 NEWER = "1.0.1"
+RELEASE_MARKS = [
+    pytest.param(release, marks=[] if release == "bookworm" else pytest.mark.long)
+    for release in RELEASES
+]
 
 
 @pytest.fixture(scope="session")

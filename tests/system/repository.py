@@ -10,6 +10,7 @@ import http.server
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import urllib.error
@@ -67,6 +68,20 @@ def build(target: Path, *, version: str | None = None, umask: int = 0o022) -> li
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     shutil.rmtree(tree)
     return sorted(target.glob("*.deb"))
+
+
+def publish(settings: Path) -> None:
+    """Run this tree's publisher with a configuration file."""
+    subprocess.run(
+        [sys.executable, "-m", "casync_updater.server", str(settings)],
+        env={
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHONPATH": str(SOURCE / "src"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 class Repository:

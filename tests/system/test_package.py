@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +21,21 @@ import pytest
 
 import casync_updater
 from support.webserver import WebServer
-from system.conftest import NEWER
+from system.conftest import NEWER, RELEASE_MARKS
 from system.nspawn import RELEASES, Machine
-from system.repository import SOURCE, Repository, build, configure_apt, serve, serve_packages
+from system.repository import (
+    SOURCE,
+    Repository,
+    build,
+    configure_apt,
+    publish,
+    serve,
+    serve_packages,
+)
 
 pytestmark = pytest.mark.system
 
 UNIT = "casync-updater.service"
-RELEASE_MARKS = [
-    pytest.param(release, marks=[] if release == "bookworm" else pytest.mark.long)
-    for release in RELEASES
-]
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,7 @@ class Project:
     def publish(self, text: str) -> None:
         """Publish a version whose file `version` has this text."""
         (self.source / "version").write_text(text)
-        subprocess.run(
-            [sys.executable, "-m", "casync_updater.server", str(self._settings)],
-            env={
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                "PYTHONPATH": str(SOURCE / "src"),
-                "PYTHONDONTWRITEBYTECODE": "1",
-            },
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
+        publish(self._settings)
 
 
 @pytest.mark.parametrize("release", RELEASE_MARKS)

@@ -151,7 +151,7 @@ class SelfUpdate:
 
     def __init__(self, state_dir: Path) -> None:
         """Nothing is read yet."""
-        self._root = state_dir / ".self-update"
+        self._root = state_dir.absolute() / ".self-update"
         self._folder = self._root / "upgrade"
 
     def checked(self, boot: str) -> None:
@@ -183,10 +183,12 @@ class SelfUpdate:
             TrustError: refused; also a version that has failed here.
             LocalError: it cannot be installed now.
         """
-        if (plan := guard.read_plan(self._folder)) is not None:
-            return f"casync-updater {plan.version} is being installed"
+        if guard.read_plan(self._folder) is not None:
+            return f"casync-updater {self.words()}"
         if not Path("/run/systemd/system").is_dir():
             raise LocalError("selfUpdate needs systemd, which does not run here")
+        if os.geteuid() != 0:
+            raise LocalError("selfUpdate installs packages, which takes root")
         has = packages.installed()
         _demand_roots_own(tree)
         upgrade = examine(tree, has)

@@ -160,11 +160,14 @@ def _sync(folder: Path) -> None:
 def arm(folder: Path, units: Path = _UNITS) -> None:
     """Make the unit, and start it without waiting; also where that was done before.
 
+    Where no upgrade is under way, what a power cut has left of a unit goes.
+
     Raises:
         OSError: the unit cannot be written, or systemd does not take it.
     """
     plan = read_plan(folder)
     if plan is None:
+        disarm(units)
         return
     text = _TEXT.format(
         version=plan.version.replace("%", "%%"),
@@ -172,7 +175,7 @@ def arm(folder: Path, units: Path = _UNITS) -> None:
         script=_quoted(folder / "guard.py"),
         folder=_quoted(folder),
     )
-    unit, link = units / UNIT, units / "multi-user.target.wants" / UNIT
+    unit, link = _paths(units)
     if not unit.exists() or unit.read_text() != text or not link.is_symlink():
         write(unit, text)
         link.parent.mkdir(exist_ok=True)
@@ -180,7 +183,28 @@ def arm(folder: Path, units: Path = _UNITS) -> None:
         link.symlink_to(unit)
         _sync(link.parent)
         _tell_systemd("daemon-reload")
-    _tell_systemd("start", "--no-block", UNIT)
+    if read_plan(folder) is None:  # the guard has ended meanwhile
+        disarm(units)
+    else:
+        _tell_systemd("start", "--no-block", UNIT)
+
+
+def disarm(units: Path = _UNITS) -> None:
+    """Remove the unit; where it runs, it runs on to its end.
+
+    Raises:
+        OSError: it cannot be removed, or systemd does not take it.
+    """
+    found = [path for path in _paths(units) if path.exists() or path.is_symlink()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    if found:
+        _tell_systemd("daemon-reload")
+
+
+def _paths(units: Path) -> tuple[Path, Path]:
+    """The unit, and what enables it."""
+    return units / UNIT, units / "multi-user.target.wants" / UNIT
 
 
 def _tell_systemd(*arguments: str) -> None:
@@ -377,14 +401,15 @@ class Guard:
             write(self._folder / "progress.json", json.dumps(asdict(self._progress)))
 
     def _end(self) -> None:
-        # In this order: where a power cut leaves a plan without its unit, the next cycle makes
-        # the unit again; and nobody prepares another upgrade while files of this one go.
-        self._system.disarm()
+        # In this order: nobody prepares another upgrade while files of this one go, and no cycle
+        # makes the unit again; see `arm`.
         over = self._folder.with_name("over")
         shutil.rmtree(over, ignore_errors=True)
         with _without_room():
             self._folder.rename(over)
             _sync(over.parent)
+        with _without_room():
+            self._system.disarm()
         shutil.rmtree(over, ignore_errors=True)
 
 
@@ -394,7 +419,7 @@ def _without_room() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        say(f"{error.filename}: {error.strerror}")
+        say(f"{error}")
 
 
 def say(text: str) -> None:
@@ -405,8 +430,7 @@ def say(text: str) -> None:
 class Machine:
     """The machine that this runs on."""
 
-    def __init__(self, units: Path = _UNITS) -> None:
-        self._units = units
+    def __init__(self) -> None:
         self._busy = self._told = False
 
     def boot_id(self) -> str:
@@ -464,9 +488,7 @@ class Machine:
 
     def disarm(self) -> None:
         """See `System.disarm`."""
-        for path in (self._units / "multi-user.target.wants" / UNIT, self._units / UNIT):
-            path.unlink(missing_ok=True)
-        self.systemctl("daemon-reload")
+        disarm()
 
     def handle_stop(self) -> None:
         """End at SIGTERM, but not in the middle of dpkg."""

@@ -17,6 +17,7 @@ from casync_updater.tools.guard import (
     Machine,
     Plan,
     alive,
+    arm,
     read_plan,
     read_progress,
 )
@@ -372,6 +373,27 @@ def test_a_service_that_somebody_had_stopped(tmp_path: Path) -> None:
     assert guard(folder, bench).run()
     assert 1090 <= bench.now <= 1110
     assert bench.installed == "1"
+
+
+def test_the_unit(folder: Path, tmp_path: Path) -> None:
+    """Paths may hold whatever systemd would read something into."""
+    units = tmp_path / "systemd"
+    units.mkdir()
+    strange = folder.rename(tmp_path / '100% "$HOME"')
+    # No systemd looks there, so none can start it.
+    with pytest.raises(OSError, match=r"systemctl|No such file"):
+        arm(strange, units)
+    unit = units / "casync-updater-guard.service"
+    word = f'"{tmp_path}/100%% \\"$$HOME\\"'
+    text = unit.read_text()
+    assert f'ExecStart=/usr/bin/python3 -I {word}/guard.py" {word}"\n' in text
+    assert f'ConditionPathExists={tmp_path}/100%% "$HOME"/plan.json\n' in text
+    assert (units / "multi-user.target.wants" / unit.name).readlink() == unit
+    (strange / "plan.json").unlink()
+    with contextlib.suppress(OSError):  # where no systemd runs, none can be told
+        arm(strange, units)
+    assert [path.name for path in units.rglob("*")] == ["multi-user.target.wants"]
+    arm(strange, units)
 
 
 def test_a_process_says_when_it_began(folder: Path) -> None:
