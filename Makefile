@@ -34,10 +34,10 @@ RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-de
 BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
-	python3-pytest python3-pytest-xdist python3-typeshed
+	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap nftables \
+SYSTEM_PACKAGES := apt-utils debian-archive-keyring debootstrap debos iproute2 mmdebstrap nftables \
 	qemu-system-common systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
