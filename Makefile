@@ -35,12 +35,12 @@ RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-de
 BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
-	python3-pytest python3-pytest-xdist python3-typeshed
+	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring dosfstools exfatprogs fdisk iproute2 \
-	kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common qemu-system-x86 \
-	qemu-user-static systemd-container
+SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring debootstrap debos dosfstools exfatprogs \
+	fdisk iproute2 kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common \
+	qemu-system-x86 qemu-user-static systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
