@@ -36,7 +36,7 @@ BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
 	python3-pytest python3-pytest-xdist python3-typeshed
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
-BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
+BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
 SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap nftables \
 	qemu-system-common systemd-container
 
@@ -140,7 +140,7 @@ campaign-server: deps ## A web server that fails half of all requests
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))
-	PYTHONPATH=src $(PYTHON) tests/bench/bench.py
+	PYTHONPATH=src:tests $(PYTHON) tests/bench/bench.py
 
 # dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
 # PATH would be taken for Debian's, hence the clean environment.
