@@ -37,7 +37,7 @@ BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
 	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
-BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
+BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
 SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring debootstrap debos dosfstools exfatprogs \
 	fdisk iproute2 kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common \
 	qemu-system-x86 qemu-user-static systemd-container
@@ -166,7 +166,7 @@ campaign-drives: deps ## USB drives pulled out of a virtual machine, COUNT times
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))
-	PYTHONPATH=src $(PYTHON) tests/bench/bench.py
+	PYTHONPATH=src:tests $(PYTHON) tests/bench/bench.py
 
 # dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
 # PATH would be taken for Debian's, hence the clean environment.

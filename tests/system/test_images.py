@@ -149,7 +149,7 @@ def assert_first_boot(author: Author, image: Path, release: str, port: int, fold
     for name, newest in (("current", "1"), ("behind", "2")):
         if newest != "1":
             author.publish(newest)
-        with Machine(release, folder / name, image=image) as machine:
+        with Machine(release, folder / name, tar=image) as machine:
             machine.write("etc/hosts", f"127.0.0.1 localhost\n{machine.host} {SITE}\n")
             machine.boot()
             device = Device(machine)
