@@ -222,7 +222,7 @@ def _serve(real: str, mounted: str) -> None:
                 os.symlink(target, self._inside(parent, name))
             return self._entry(parent, name)
 
-        async def rename(  # noqa: PLR0913
+        async def rename(
             self, old: int, old_name: bytes, new: int, new_name: bytes, flags: int, ctx: Any
         ) -> None:
             plan.strike("rename")
