@@ -7,6 +7,7 @@ makes every action run exactly once, however often the updater is killed.
 """
 
 import argparse
+import ctypes
 import random
 import shutil
 import signal
@@ -273,6 +274,11 @@ def parts(options: argparse.Namespace, folder: Path) -> Iterator[Part]:
         yield Part(name, folder / name, f"{options.seed} {name}", count=count, kind=kind)
 
 
+def _end_with_the_parent() -> None:
+    """However the campaign ends, its worlds end with it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
@@ -286,7 +292,9 @@ def main() -> int:
     folder = workplace("/dev/shm" if Path("/dev/shm").is_dir() else None)
     begin = time.monotonic()
     failed: list[str] = []
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), initializer=_end_with_the_parent
+    ) as pool:
         running = {pool.submit(part.run): part for part in parts(options, folder)}
         for future in as_completed(running):
             part = running[future]

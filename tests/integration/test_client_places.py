@@ -299,7 +299,6 @@ class TestSpace:
         assert snapshot(appliance.destination) == before
         assert appliance.verify() == {}
 
-
     def test_what_is_not_needed_goes_before_it_gives_up(
         self, site: Site, appliance: Appliance, small: Path
     ) -> None:

@@ -135,9 +135,14 @@ def test_cut_off_twice_and_nothing_is_fetched_twice(
     site.write("large", random.Random(1).randbytes(12_000_000))
     site.publish(version="2.0")
     server.requests.clear()
+    server.fail("*.cacnk", delay=0.01)
     for number in (60, 63, 66):
         with appliance.start("update") as process:
-            wait_until(lambda wanted=number: len(server.paths("*.cacnk")) > wanted)
+            deadline = time.monotonic() + 60
+            while len(server.paths("*.cacnk")) < number:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.002)
             process.kill()
             process.wait()
     assert len(list(appliance.staging.glob("left-*.journal"))) == 1

@@ -198,7 +198,9 @@ def test_an_action_that_asks_for_an_update_of_its_own_entry(small: Site, device:
     assert device.status()["installed"]["version"] == "1.0"
 
 
-def test_an_action_that_rolls_its_own_entry_back_and_resumes(small: Site, device: Appliance) -> None:
+def test_an_action_that_rolls_its_own_entry_back_and_resumes(
+    small: Site, device: Appliance
+) -> None:
     """What an action knows to be wrong with a version: it goes, and a later one may come."""
 
     def called(*words: str) -> str:

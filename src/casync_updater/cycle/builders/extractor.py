@@ -133,6 +133,8 @@ class ExtractBuilder:
                     os.close(root)
             finally:
                 os.close(journal)
+        except LocalError as error:
+            raise type(error)(f"{site.destination}: {error}") from error
         except OSError as error:
             raise LocalError(f"{site.new} cannot be built: {error.strerror}") from error
         # A tree with a journal is one that was cut off: this one is whole.
