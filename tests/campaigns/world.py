@@ -327,7 +327,7 @@ class World:
         _demand_names(entry, {"state.json", "lock", "versions", "actions"})
         _demand_names(entry / "actions", set())
         _demand_names(device.state_dir / "actions", set(), allow_missing=True)
-        hashes = {state["installed"]["index_sha256"]}
+        hashes = {"accepted", state["installed"]["index_sha256"]}
         hashes |= {one["installed"]["index_sha256"] for one in state.get("previous", ())}
         found = {file.name.partition(".")[0] for file in (entry / "versions").iterdir()}
         demand(found <= hashes, f"left over in {entry / 'versions'}: {found - hashes}")
