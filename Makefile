@@ -17,6 +17,7 @@ PYTHON      := /usr/bin/python3
 PYTEST      := scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	TMPDIR="$$scratch" $(PYTHON) -m pytest
 RUFF        := 0.17.6
+ATHERIS     := 3.1.0
 WORKERS     ?= 2
 
 export PYTHONDONTWRITEBYTECODE := 1
@@ -34,12 +35,12 @@ RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-de
 BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
-	python3-pytest python3-pytest-xdist python3-typeshed
+	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
-BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring dosfstools exfatprogs fdisk iproute2 \
-	kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common qemu-system-x86 \
-	qemu-user-static systemd-container
+BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
+SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring debootstrap debos dosfstools exfatprogs \
+	fdisk iproute2 kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common \
+	qemu-system-x86 qemu-user-static systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -138,6 +139,22 @@ campaign-enospc: deps ## Full disks, before and in the middle of updates (root)
 campaign-server: deps ## A web server that fails half of all requests
 	@$(call campaign,server,44)
 
+.PHONY: campaign-mutations
+campaign-mutations: deps ## Mutations of valid drives and sites (about half an hour)
+	@$(call campaign,mutations,10000)
+
+# Coverage-guided, with atheris from PyPI: Debian has no such fuzzer for Python.
+SECONDS_EACH ?= 180
+TARGETS     ?=
+
+.PHONY: fuzz
+fuzz: deps ## For developers: fuzz every parser (TARGETS, SECONDS_EACH, SEED; an hour for all)
+	@$(call install,iproute2 python3-venv)
+	test -x build/fuzz/bin/pip || $(PYTHON) -m venv --system-site-packages build/fuzz
+	build/fuzz/bin/pip install --quiet atheris==$(ATHERIS)
+	PYTHONPATH=src:tests build/fuzz/bin/python -m fuzz.run $(TARGETS) \
+		--seconds $(SECONDS_EACH) --seed $(SEED)
+
 .PHONY: campaign-carry
 campaign-carry: deps ## One drive and ten devices of different ages, in random order
 	@$(call campaign,carry,50)
@@ -149,7 +166,7 @@ campaign-drives: deps ## USB drives pulled out of a virtual machine, COUNT times
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))
-	PYTHONPATH=src $(PYTHON) tests/bench/bench.py
+	PYTHONPATH=src:tests $(PYTHON) tests/bench/bench.py
 
 # dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
 # PATH would be taken for Debian's, hence the clean environment.

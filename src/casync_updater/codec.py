@@ -4,6 +4,7 @@ The state files and the reports of a cycle are written by this program, but they
 power cuts, by other versions and from crashed children: what does not fit is refused.
 """
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+
+class UnknownFieldError(ValueError):
+    """A field that this version does not know: a newer one wrote it."""
 
 
 def to_json(value: Any) -> Any:
@@ -31,7 +36,8 @@ def from_json(kind: type[T], value: Any) -> T:
     """The dataclass that `to_json` made a value of; fields that are not there get defaults.
 
     Raises:
-        ValueError: a field has another type, is unknown, or is missing and has no default.
+        UnknownFieldError: a field is unknown.
+        ValueError: a field has another type, or is missing and has no default.
     """
     return _decode(kind, value, kind.__name__)  # type: ignore[no-any-return]
 
@@ -60,11 +66,22 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"{where} is no string")
         return kind(value)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        return _finite(value, where)
     if type(value) is not kind:
         raise ValueError(f"{where} is {type(value).__name__}, not {kind.__name__}")
     return value
+
+
+def _finite(value: float, where: str) -> float:
+    """A number as JSON has it: Python's reader also takes ``NaN``, and integers of any length."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is no number that a float can be")
+    return number
 
 
 def _decode_fields(kind: Any, value: Any, where: str) -> Any:
@@ -72,7 +89,7 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} is no object")
     hints = get_type_hints(kind)
     if unknown := value.keys() - hints.keys():
-        raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
+        raise UnknownFieldError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     arguments = {}
     for field in fields(kind):
         if field.name in value:

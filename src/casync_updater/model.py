@@ -112,6 +112,8 @@ class Entry:
     keep: int = 1
     health_check: tuple[str, ...] = ()
     apply: Apply = Apply.ATOMIC
+    self_update: bool = False
+    """The destination receives this program's own packages, which are installed."""
     file: Path = Path()
     """The configuration file that the entry stands in."""
 
@@ -183,6 +185,9 @@ class Mark:
 
     serial: int
     date: float
+    digest: str | None = field(default=None, compare=False)
+    """The archive digest that was accepted under the serial; state files of earlier versions
+    do not say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,7 @@ class Release:
     @property
     def mark(self) -> Mark:
         """The release's place in the order."""
-        return Mark(self.serial, self.date)
+        return Mark(self.serial, self.date, self.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +288,7 @@ class SilentMonitor:
 class FetchSettings:
     """``[fetch]``: how releases and chunks are fetched."""
 
-    connections: int = 8
+    connections: int = 32
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
     """Seconds without a single byte after which a request is given up."""
@@ -349,6 +354,8 @@ class DaemonSettings:
     full_digest: bool = False
     stall_timeout: float = 600.0
     """Seconds without progress after which a cycle's process is ended."""
+    self_update_trial: float = 3600.0
+    """Seconds of connectivity within which a new version of this program completes a check."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,13 +263,12 @@ class Order(StrEnum):
     """The same serial for another content: one of the two is not the publisher's."""
 
 
-def order(release: Release, mark: Mark | None, digest: str | None) -> Order:
+def order(release: Release, mark: Mark | None) -> Order:
     """Compare an offered release with the highest accepted one.
 
     Args:
         release: what is offered.
         mark: the highest serial accepted, None where there was none.
-        digest: the archive digest that was accepted under that mark, None where unknown.
 
     Returns:
         `Order.SAME` for the serial of the mark whatever the dates say: signing again renews
@@ -279,7 +278,7 @@ def order(release: Release, mark: Mark | None, digest: str | None) -> Order:
         return Order.NEWER
     if release.serial < mark.serial:
         return Order.OLDER
-    return Order.SAME if digest in (None, release.digest) else Order.CONFLICT
+    return Order.SAME if mark.digest in (None, release.digest) else Order.CONFLICT
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,16 @@
 
     STATE/NAME/state.json        this module's `State`, replaced as a whole
     STATE/NAME/state.json.broken what could not be read, set aside
+    STATE/NAME/state.json.format-N  the last state that a version with another format has left
     STATE/NAME/lock              held while a cycle runs
-    STATE/NAME/queued            a cycle that an action of the same entry asked for
+    STATE/NAME/queued            what actions of the same entry asked for: a command in JSON a line
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
                                  .signed (empty) where a signature of that was verified,
                                  .record what the own extractor knows of the tree, or else
                                  .mtree.zst its manifest
+    STATE/NAME/versions/accepted.release, .signed
+                                 likewise, of the release that is marked as the highest
     STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
 
 The companions of a version are written and synced before the state that names them, so a state
@@ -22,18 +25,20 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from casync_updater import codec
 from casync_updater.errors import BusyError, ContentError, LocalError
-from casync_updater.files import write_atomic
-from casync_updater.formats.record import Window
+from casync_updater.files import write_atomic, write_together
+from casync_updater.formats.record import Record, Window
 from casync_updater.model import Entry, Identity, Installed, Mark
 
 FORMAT = 1
+
+_ACCEPTED = "accepted"
 
 
 class ActionState(StrEnum):
@@ -226,11 +231,6 @@ class StateFolder:
         """Where commands and lists of changed paths are kept for actions."""
         return self.path / "actions"
 
-    @property
-    def queued(self) -> Path:
-        """Marks that one more cycle was asked for while one is running."""
-        return self.path / "queued"
-
     def index(self, installed: Installed) -> Path:
         """The index of a version."""
         return self._version(installed, self._index_suffix)
@@ -270,25 +270,29 @@ class StateFolder:
         kept beside it: the marks never fall back to nothing. State of another destination
         keeps the marks only.
 
+        One of another format is kept: whichever version wrote it finds it again, when it is
+        installed again. Of a newer format nothing can be told but that; what counts then is
+        what this version left before the newer one came, with the marks of the releases that
+        were accepted since. Trees that were installed since are drift to it, and looked at.
+
         Raises:
-            LocalError: the file is of a newer format, or the folder cannot be read.
+            LocalError: the file is of a newer format, and there is no other, or it cannot be
+                read or kept.
         """
-        file = self.path / "state.json"
         try:
-            data = json.loads(file.read_bytes())
-            if isinstance(data, dict) and data.get("format", 0) > FORMAT:
-                raise LocalError(
-                    f"{file} was written by a newer casync-updater (format {data['format']}):"
-                    " install that version again"
-                )
-            state = codec.from_json(State, data)
+            state, other = self._read()
+            if other is not None:
+                write_atomic(self._other(other[0]), other[1])
         except FileNotFoundError:
             return self._rebuilt()
         except OSError as error:
-            raise LocalError(f"{file} cannot be read: {error.strerror}") from error
+            raise LocalError(f"{error.filename or self.path}: {error.strerror}") from error
         except (ValueError, TypeError, RecursionError):
+            file = self.path / "state.json"
             file.replace(file.with_name("state.json.broken"))
             return self._rebuilt()
+        if other is not None and other[0] > FORMAT:
+            state = self._raised(state)
         if state.destination != self._destination:
             return State(
                 self._destination,
@@ -301,16 +305,51 @@ class StateFolder:
     def peek(self) -> State:
         """The entry's state for somebody who only looks: nothing is set aside or rebuilt."""
         try:
-            return codec.from_json(State, json.loads((self.path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError):
+            return self._read()[0]
+        except (OSError, ValueError, TypeError, RecursionError, LocalError):
             return State(self._destination)
 
+    def _read(self) -> tuple[State, tuple[int, bytes] | None]:
+        """What this version makes of the file; with the format and bytes of one that is another.
+
+        Raises:
+            LocalError: it is of a newer format, and this version has left no file of its own.
+            OSError, ValueError, TypeError, RecursionError: it cannot be read, or is broken.
+        """
+        file = self.path / "state.json"
+        data = file.read_bytes()
+        document = json.loads(data)
+        found = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
+        newer = f"{file} was written by a newer casync-updater (format {found})"
+        if found > FORMAT:
+            own = self._other(FORMAT)
+            try:
+                document = json.loads(own.read_bytes())
+                state = codec.from_json(State, document)
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise LocalError(
+                    f"{newer}, and {own} cannot be read: install that version again"
+                ) from error
+        else:
+            try:
+                state = codec.from_json(State, document)
+            except codec.UnknownFieldError as error:
+                raise LocalError(f"{newer}, {error}: install that version again") from error
+        return replace(state, format=FORMAT), None if found == FORMAT else (found, data)
+
+    def _other(self, number: int) -> Path:
+        """Where the last state of a format is kept while another one is in use."""
+        return self.path / f"state.json.format-{number}"
+
     def _rebuilt(self) -> State:
-        """A state with the marks of every release that is still kept."""
+        """A state with nothing but marks."""
+        return self._raised(State(self._destination))
+
+    def _raised(self, state: State) -> State:
+        """The state with the marks of every release that is still kept."""
         from casync_updater.release import parse_release  # noqa: PLC0415 - deb822 is slow
         from casync_updater.trust import unwrap  # noqa: PLC0415
 
-        state = State(self._destination)
         for file in sorted((self.path / "versions").glob("*.release")):
             with contextlib.suppress(ContentError, OSError):
                 release = parse_release(unwrap(file.read_bytes()), str(file))
@@ -337,33 +376,54 @@ class StateFolder:
         installed: Installed,
         index: bytes,
         release: bytes | None,
-        manifest: bytes | None,
+        knowledge: bytes | Record | None,
         *,
         signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them."""
-        write_atomic(self.index(installed), index)
-        if manifest is not None:
-            write_atomic(self.manifest(installed), manifest)
-        if release is not None:
-            self.keep_release(installed, release, signed=signed)
+        """Write a version's companions, durably, before a state names them.
 
-    def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
-        """Write the text of a version's release, and whether its signature was verified.
+        Args:
+            installed: the version.
+            index: its index.
+            release: its release as published; None in the old layout.
+            knowledge: what is known of its tree: a record, or else a manifest (zstd), if any.
+            signed: the release's signature was verified.
 
-        What is marked as verified counts as that when the state has to be rebuilt, so the mark
-        is made after the text, and removed before it.
+        Raises:
+            OSError: they cannot be written.
         """
         mark = self._version(installed, ".signed")
         if not signed:
             mark.unlink(missing_ok=True)
-        write_atomic(self.release(installed), release)
-        if signed:
+        files: dict[Path, Iterable[bytes]] = {self.index(installed): (index,)}
+        if isinstance(knowledge, bytes):
+            files[self.manifest(installed)] = (knowledge,)
+        elif knowledge is not None:
+            files[self.record(installed)] = knowledge.packed()
+        if release is not None:
+            files[self.release(installed)] = (release,)
+        write_together(files)
+        if release is not None and signed:
             write_atomic(mark, b"")
+
+    def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
+        """Write the text of a version's release, and whether its signature was verified."""
+        _write_release(self.release(installed), release, signed=signed)
+
+    def keep_accepted(self, release: bytes | None, *, signed: bool) -> None:
+        """Keep the text of the highest release that was accepted, installed or not.
+
+        The marks of a broken state file come back from it. None forgets it.
+        """
+        file = self.path / "versions" / f"{_ACCEPTED}.release"
+        if release is None:
+            file.unlink(missing_ok=True)
+        else:
+            _write_release(file, release, signed=signed)
 
     def forget_versions(self, state: State) -> None:
         """Remove the companions of versions that the state names no more."""
-        named = {kept.installed.index_sha256 for kept in state.previous}
+        named = {_ACCEPTED, *(kept.installed.index_sha256 for kept in state.previous)}
         if state.installed is not None:
             named.add(state.installed.index_sha256)
         if state.journal is not None:
@@ -374,6 +434,38 @@ class StateFolder:
         for file in folder.iterdir():
             if file.name.split(".")[0] not in named:
                 file.unlink()
+
+    def ask(self, *words: str) -> None:
+        """Leave a command to whoever holds the entry; see `asked`.
+
+        Raises:
+            LocalError: it cannot be written.
+        """
+        try:
+            with self._queued.open("a") as file:
+                file.write(json.dumps(words) + "\n")
+        except OSError as error:
+            raise LocalError(f"{self._queued}: {error.strerror}") from error
+
+    def asked(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that were left, each once, in their order."""
+        try:
+            lines = self._queued.read_text().splitlines()
+        except (OSError, ValueError):
+            return ()
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(tuple(map(str, json.loads(line))))
+        return tuple(dict.fromkeys(found))
+
+    def answered(self) -> None:
+        """The commands that `asked` gave are done, or will be without being asked again."""
+        self._queued.unlink(missing_ok=True)
+
+    @property
+    def _queued(self) -> Path:
+        return self.path / "queued"
 
     @contextlib.contextmanager
     def locked(self, reason: str, *, wait: float) -> Iterator[int]:
@@ -408,6 +500,20 @@ class StateFolder:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _write_release(file: Path, text: bytes, *, signed: bool) -> None:
+    """Write a release's text, and whether its signature was verified.
+
+    What is marked as verified counts as that when the state has to be rebuilt, so the mark is
+    made after the text, and removed before it.
+    """
+    mark = file.with_suffix(".signed")
+    if not signed:
+        mark.unlink(missing_ok=True)
+    write_atomic(file, text)
+    if signed:
+        write_atomic(mark, b"")
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -87,7 +87,7 @@ def take_over(root: Path = Path("/")) -> Report:
 def _set_self_update_aside(file: Path, done: list[str], left: list[str]) -> None:
     try:
         document = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         left.append(f"{file} is not valid JSON ({error}): it is left as it is.")
         return
     entries = document if isinstance(document, list) else [document]

@@ -1,13 +1,15 @@
 """Mutations of a valid site and of a valid drive: the tree that was published, or a refusal.
 
-    PYTHONPATH=src:tests /usr/bin/python3 -m campaigns.mutations 10000
-    PYTHONPATH=src:tests /usr/bin/python3 -m campaigns.mutations 1 --first 4711   # one again
+    make campaign-mutations COUNT=10000
+    PYTHONPATH=src:tests /usr/bin/python3 tests/campaigns/mutations.py --count 1 --first 4711
 
 Each mutation has a number, and is made from the seed and that number alone. Bytes are flipped,
 cut off, repeated and inserted, files are removed, swapped with each other and taken from other
 drives (older, newer, unsigned, a stranger's), or stand there as a folder, link or FIFO. A device
-with version 1 then runs a cycle with the mutated drive, the mutated site, or both, and after that
-one with a sound site. Whatever happens:
+with version 1 then runs a cycle with the mutated drive, the mutated site (as a folder, or behind a
+web server), or both, and after that one with a sound site. Cycles run in this process: they are
+what the client's processes run, and an interpreter's start would be all that is measured.
+Whatever happens:
 
 - its tree is exactly one of the published ones, and never older than before;
 - a cycle that says 0 and names a version has that version;
@@ -19,7 +21,8 @@ The exit code is 0 where all of that held, else 1 with the numbers to look at.
 
 import argparse
 import collections
-import itertools
+import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -37,10 +40,21 @@ from types import FrameType
 from support.device import Device
 from support.signed import copy, location
 from support.trees import snapshot
+from support.webserver import WebServer
 from support.world import World
 
 SEED = 20261123
 LIMIT = 30
+
+PLACES = (
+    ("drive",),
+    ("drive", "offline"),
+    ("site",),
+    ("site", "web"),
+    ("drive", "site"),
+    ("drive", "site", "web"),
+)
+"""What is mutated, and how the device gets to it."""
 
 
 class HangError(BaseException):
@@ -48,25 +62,27 @@ class HangError(BaseException):
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A mutation that broke a promise."""
+class Result:
+    """What came of one mutation.
+
+    Attributes:
+        number: the mutation.
+        code: exit code of the first cycle; None where it has not come to its end.
+        finding: the promise that was broken; empty where all of them were kept.
+    """
 
     number: int
-    what: str
+    code: int | None = None
+    finding: str = ""
 
 
 class Campaign:
-    """A world that mutations are made of.
-
-    Attributes:
-        counts: how often the first cycle of a mutation ended with which exit code.
-    """
+    """A world that mutations are made of."""
 
     def __init__(self, folder: Path, seed: int = SEED) -> None:
         self.folder = folder
         self.seed = seed
         self.world = World(folder / "world")
-        self.counts: collections.Counter[int] = collections.Counter()
         keyring = self.world.publisher.keys.keyring
         donors = {"1": self.world.sites[1], "3": self.world.sites[3]}
         donors["unsigned"] = self.world.unsigned[2]
@@ -82,62 +98,86 @@ class Campaign:
         fresh = Device(folder / "fresh" / "device", location(self.world.sites[1]), keyring=keyring)
         assert fresh.cycle().exit == 0
 
-    def run(self, number: int) -> Finding | None:
+    def run(self, number: int) -> Result:
         """Make one mutation, and let a device meet it."""
         rng = random.Random(f"{self.seed}/{number}")
         work = Path(tempfile.mkdtemp(prefix="mutation-", dir=self.folder))
+        encounter = _Encounter(self, rng, work)
+        finding = ""
         try:
             with _limited():
-                self._meet(rng, work)
+                encounter.run()
         except HangError:
-            return Finding(number, f"no end after {LIMIT} s")
+            finding = f"{encounter.story}: no end after {LIMIT} s"
         except AssertionError as error:
-            return Finding(number, f"{error}")
+            finding = f"{encounter.story}: {error}: {encounter.log}"
         except Exception:
-            return Finding(number, traceback.format_exc())
+            finding = f"{encounter.story}: {traceback.format_exc()}"
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return None
+        return Result(number, encounter.code, finding)
 
-    def _meet(self, rng: random.Random, work: Path) -> None:
-        drive, site = copy(self.folder / "drive", work / "drive"), work / "site"
-        copy(self.world.sites[2], site)
-        where = rng.choice(("drive", "site", "drive and site", "drive, offline"))
+
+class _Encounter:
+    """One mutation, and the device that meets it.
+
+    Attributes:
+        story: what was changed.
+        code: exit code of the first cycle.
+    """
+
+    def __init__(self, campaign: Campaign, rng: random.Random, work: Path) -> None:
+        self.campaign = campaign
+        self.story = "nothing"
+        self.code: int | None = None
+        self.log: list[str] = []
+        self._rng = rng
+        self._work = work
+
+    def run(self) -> None:
+        world, work, rng = self.campaign.world, self._work, self._rng
+        drive, site = copy(self.campaign.folder / "drive", work / "drive"), work / "site"
+        copy(world.sites[2], site)
+        places = rng.choice(PLACES)
         said = []
         for place in (drive, site):
-            if place.name in where:
-                said += [self._mutate(rng, place) for _ in range(rng.choice((1, 1, 2, 5)))]
-        shutil.copytree(self.folder / "fresh" / "device", work / "device", symlinks=True)
+            if place.name in places:
+                said += [self._mutate(place) for _ in range(rng.choice((1, 1, 2, 5)))]
+        self.story = f"{', '.join(places)}: {', '.join(said)}"
+        shutil.copytree(self.campaign.folder / "fresh" / "device", work / "device", symlinks=True)
         device = Device(
             work / "device",
-            location("/nowhere" if "offline" in where else site),
-            location(drive) if "drive" in where else None,
-            self.world.publisher.keys.keyring,
-            options={"destination": work / "device" / "device" / "tree"},
+            location("/nowhere" if "offline" in places else site),
+            location(drive) if "drive" in places else None,
+            world.publisher.keys.keyring,
+            log=self.log,
         )
-        story = f"{where}: {', '.join(said)}"
-        end = device.cycle()
-        self.counts[end.exit] += 1
-        assert end.exit in (0, 1, 3, 4), f"{story}: {end}"
-        version = self._version(device, story)
+        with WebServer(site) if "web" in places else contextlib.nullcontext() as server:
+            if server is not None:
+                device.source = location(server.url)
+            end = device.cycle()
+        self.code = end.exit
+        assert end.exit in (0, 1, 3, 4), end
+        version = self._version(device)
         if end.exit == 0:
-            assert end.version == f"{version}.0", f"{story}: {end}, but the tree is {version}"
+            assert end.version == f"{version}.0", f"{end}, but the tree is {version}"
         # A release of version 3 that came from another drive is newer than the sound site.
-        device.source = location(self.world.sites[3])
+        device.source = location(world.sites[3])
         again = device.cycle()
-        assert self._version(device, story) == 3, f"{story}: then {again} {device.log}"
-        if "drive" in where and again.exit not in (0, 4):
-            assert device.cycle().exit == 0, f"{story}: the drive was not mended: {device.log}"
+        assert self._version(device) == 3, f"then {again}"
+        if "drive" in places and again.exit not in (0, 4):
+            assert device.cycle().exit == 0, "the drive was not mended"
 
-    def _version(self, device: Device, story: str) -> int:
+    def _version(self, device: Device) -> int:
         found = snapshot(device.destination)
-        for version, expected in self.world.snapshots.items():
+        for version, expected in self.campaign.world.snapshots.items():
             if found == expected:
                 return version
-        raise AssertionError(f"{story}: the tree is none that was published: {device.log}")
+        raise AssertionError("the tree is none that was published")
 
-    def _mutate(self, rng: random.Random, place: Path) -> str:
+    def _mutate(self, place: Path) -> str:
         """Change one thing; gives it in words."""
+        rng, donors = self._rng, self.campaign.donors
         files = sorted(path for path in place.rglob("*") if path.is_file())
         # Chunks are many, and the other files are where the decisions are.
         few = [path for path in files if ".castr" not in str(path)]
@@ -145,10 +185,10 @@ class Campaign:
         change = rng.choice(CHANGES)
         name = path.relative_to(place)
         if change is _from_donor:
-            donor = rng.choice(sorted(self.donors))
-            other = self.donors[donor] / name
+            donor = rng.choice(sorted(donors))
+            other = donors[donor] / name
             if not other.is_file():
-                other = self.donors[donor] / "tree.caidx.release"
+                other = donors[donor] / "tree.caidx.release"
             path.write_bytes(other.read_bytes())
             return f"{name} of {donor}"
         change(rng, path, files)
@@ -245,25 +285,37 @@ CHANGES: tuple[Change, ...] = (
 )
 
 
+def in_processes(campaign: Campaign, numbers: range, jobs: int) -> Iterator[Result]:
+    """Run mutations side by side; each process has the world as it was at the fork."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(jobs) as pool:
+        yield from pool.imap_unordered(campaign.run, numbers, chunksize=10)
+
+
 def main() -> int:
     """Run mutations from the command line."""
     parser = argparse.ArgumentParser(description="Mutate valid sites and drives.")
-    parser.add_argument("count", type=int, nargs="?", default=10_000)
+    parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    findings = []
+    codes: collections.Counter[int | None] = collections.Counter()
+    findings = 0
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutations-", ignore_cleanup_errors=True) as name:
         campaign = Campaign(Path(name), arguments.seed)
-        for number in itertools.islice(itertools.count(arguments.first), arguments.count):
-            finding = campaign.run(number)
-            if finding is not None:
-                findings.append(finding)
-                print(f"mutation {finding.number}: {finding.what}", flush=True)
-    codes = ", ".join(f"{count} x exit {code}" for code, count in sorted(campaign.counts.items()))
+        numbers = range(arguments.first, arguments.first + arguments.count)
+        for done, result in enumerate(in_processes(campaign, numbers, arguments.jobs), 1):
+            codes[result.code] += 1
+            if result.finding:
+                findings += 1
+                print(f"mutation {result.number}: {result.finding}", flush=True)
+            if done % 1000 == 0:
+                print(f"{done} in {time.monotonic() - begin:.0f} s", flush=True)
+    known = ", ".join(f"{count} x exit {code}" for code, count in codes.most_common())
     seconds = time.monotonic() - begin
-    print(f"{arguments.count} mutations in {seconds:.0f} s: {codes}; {len(findings)} findings")
+    print(f"{arguments.count} mutations in {seconds:.0f} s: {known}; {findings} findings")
     return 1 if findings else 0
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from system.nspawn import Machine
+from system.nspawn import RELEASES, Machine
 from system.repository import Repository, build, configure_apt, serve_packages
 from system.vm import System, kernel, make_system, virtual_base
 
 NEWER = "1.0.1"
+RELEASE_MARKS = [
+    pytest.param(release, marks=[] if release == "bookworm" else pytest.mark.long)
+    for release in RELEASES
+]
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +49,7 @@ def repository(tmp_path: Path, packages: list[Path]) -> Repository:
 def appliance(shared: Path, packages: list[Path]) -> System:
     """What virtual machines start from: bookworm with this tree's client, which has no entries."""
     folder = _once(shared / "appliance", partial(_make_appliance, packages))
-    return System("amd64", kernel("bookworm"), folder / "disk")
+    return System("bookworm", "amd64", kernel("bookworm"), folder / "disk")
 
 
 def _make_appliance(packages: list[Path], target: Path) -> None:

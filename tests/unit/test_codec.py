@@ -24,7 +24,7 @@ from casync_updater.state import (
 )
 
 texts = st.text(max_size=8)
-times = st.floats(allow_nan=False)
+times = st.floats(allow_nan=False, allow_infinity=False)
 numbers = st.integers(min_value=0, max_value=2**63)
 
 
@@ -126,6 +126,7 @@ def test_paths_of_any_bytes(tmp_path: Path) -> None:
         ({"format": 1.0}, "State.format is float, not int"),
         ({"last_check": True}, "State.last_check is bool, not float"),
         ({"last_check": "1"}, "State.last_check is str, not float"),
+        ({"last_check": float("inf")}, "State.last_check is no number that a float can be"),
         ({"backup_absent": 0}, "State.backup_absent is int, not bool"),
         ({"unknown": 1, "another": 2}, "State has unknown fields: another, unknown"),
         ({"signed_mark": {"serial": 1}}, "State.signed_mark.date is missing"),

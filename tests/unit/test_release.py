@@ -210,13 +210,14 @@ def test_what_cannot_be_said_is_not_published(change: dict[str, object]) -> None
 
 def test_order() -> None:
     mark = RELEASE.mark
-    assert order(RELEASE, None, None) is Order.NEWER
-    assert order(RELEASE, Mark(mark.serial - 1, mark.date + 9), HASH) is Order.NEWER
-    assert order(RELEASE, Mark(mark.serial + 1, mark.date - 9), HASH) is Order.OLDER
-    assert order(RELEASE, Mark(mark.serial, mark.date - 9), HASH) is Order.SAME
-    assert order(RELEASE, Mark(mark.serial, mark.date + 9), HASH) is Order.SAME
-    assert order(RELEASE, mark, None) is Order.SAME
-    assert order(RELEASE, mark, "0" * 64) is Order.CONFLICT
+    assert order(RELEASE, None) is Order.NEWER
+    assert order(RELEASE, Mark(mark.serial - 1, mark.date + 9, HASH)) is Order.NEWER
+    assert order(RELEASE, Mark(mark.serial + 1, mark.date - 9, HASH)) is Order.OLDER
+    assert order(RELEASE, Mark(mark.serial, mark.date - 9, HASH)) is Order.SAME
+    assert order(RELEASE, Mark(mark.serial, mark.date + 9, HASH)) is Order.SAME
+    assert order(RELEASE, Mark(mark.serial, mark.date)) is Order.SAME
+    assert order(RELEASE, mark) is Order.SAME
+    assert order(RELEASE, Mark(mark.serial, mark.date, "0" * 64)) is Order.CONFLICT
 
 
 def test_a_clock_behind_what_is_known_to_have_passed_cannot_judge() -> None:

@@ -1,17 +1,21 @@
 """What is remembered of an entry, whatever happens to the file."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import casync_updater.state
 from casync_updater.errors import BusyError, LocalError
 from casync_updater.model import Entry, FileRef, Installed, Location, Mark, Origin, Release
 from casync_updater.release import format_release
@@ -82,14 +86,77 @@ def test_another_destination_keeps_the_marks_only(folder: StateFolder, tmp_path:
     )
 
 
-def test_a_newer_format_is_refused_and_stays(folder: StateFolder) -> None:
+@pytest.mark.parametrize("number", [1, 2], ids=["a field", "a format"])
+def test_what_is_newer_is_refused_and_stays(folder: StateFolder, number: int) -> None:
     file = folder.path / "state.json"
-    text = json.dumps({"format": 2, "destination": "/srv/x", "something": "new"})
+    text = json.dumps({"format": number, "destination": "/srv/x", "something": "new"})
     file.write_text(text)
-    with pytest.raises(LocalError, match=r"written by a newer casync-updater \(format 2\)"):
+    with pytest.raises(LocalError, match=rf"written by a newer casync-updater \(format {number}\)"):
         folder.load()
+    assert folder.peek() == State("/srv/x")
     assert file.read_text() == text
     assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["state.json"]
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Iterator[ModuleType]:
+    """The module as a later version may have it: another format, with a field more."""
+    source = Path(casync_updater.state.__file__).read_text()
+    for before, after in (
+        ("FORMAT = 1\n", "FORMAT = 2\n"),
+        ("    format: int = FORMAT\n", "    format: int = FORMAT\n    novelty: str = 'none'\n"),
+    ):
+        assert source.count(before) == 1
+        source = source.replace(before, after)
+    file = tmp_path / "newer_state.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location("newer_state", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["newer_state"] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules["newer_state"]
+
+
+def test_up_and_down_again(folder: StateFolder, newer: ModuleType, tmp_path: Path) -> None:
+    """Each version finds what it left itself; the marks are the highest of all."""
+    folder.save(FULL)
+    before = (folder.path / "state.json").read_bytes()
+
+    above = newer.StateFolder(tmp_path / "state", entry())
+    state = above.load()
+    assert state.installed == FULL.installed
+    assert state.novelty == "none"
+    state = replace(state, novelty="found", held=None, signed_mark=Mark(9, 9 * DAY))
+    above.keep_version(installed("cc", 9), b"i", release(9, 9 * DAY), None, signed=True)
+    above.save(state)
+    assert (folder.path / "state.json.format-1").read_bytes() == before
+
+    down = folder.load()
+    assert down == replace(FULL, signed_mark=Mark(9, 9 * DAY), newest_date=9 * DAY)
+    assert json.loads((folder.path / "state.json").read_bytes())["novelty"] == "found"
+    folder.save(replace(down, held="down"))
+    kept = json.loads((folder.path / "state.json.format-2").read_bytes())
+    assert kept["novelty"] == "found"
+    assert folder.load().held == "down"
+
+    again = above.load()
+    assert (again.held, again.novelty) == ("down", "none")
+
+
+@pytest.mark.parametrize("left", [b"{", b"[]", b'{"destination": 5}'])
+def test_an_own_file_that_is_broken_costs_the_newer_one_nothing(
+    folder: StateFolder, left: bytes
+) -> None:
+    (folder.path / "state.json").write_text('{"format": 2}')
+    (folder.path / "state.json.format-1").write_bytes(left)
+    with pytest.raises(LocalError, match=r"state\.json\.format-1 cannot be read"):
+        folder.load()
+    assert (folder.path / "state.json").read_text() == '{"format": 2}'
 
 
 BROKEN = [
@@ -102,11 +169,13 @@ BROKEN = [
     b"\xff\xfe",
     b'{"destination": "/srv/x", "format": "2"}',
     b'{"destination": "/srv/x", "format": null}',
-    b'{"destination": "/srv/x", "unknown": 1}',
     b'{"destination": 5}',
     b'{"destination": "/srv/x", "journal": {"intent": "perhaps"}}',
     b"[" * 200_000,
     b'{"destination": "/srv/x", "last_check": ' + b"9" * 5000 + b"}",
+    b'{"destination": "/srv/x", "last_check": ' + b"9" * 400 + b"}",
+    b'{"destination": "/srv/x", "newest_date": NaN}',
+    b'{"destination": "/srv/x", "newest_date": 1e999}',
 ]
 
 
@@ -138,6 +207,34 @@ def test_the_marks_come_back_from_the_releases_that_are_kept(folder: StateFolder
         unsigned_mark=Mark(8, 8 * DAY),
         newest_date=9 * DAY,
     )
+
+
+def test_the_mark_comes_back_of_what_was_accepted_and_never_installed(folder: StateFolder) -> None:
+    """Also when a cycle with a lost state has forgotten every version since."""
+    folder.keep_version(installed(serial=5), b"index", release(5, DAY), None, signed=True)
+    folder.keep_accepted(release(6, 2 * DAY), signed=True)
+    for _ in range(2):
+        (folder.path / "state.json").write_bytes(b"broken")
+        state = folder.load()
+        assert state.signed_mark == Mark(6, 2 * DAY)
+        assert state.signed_mark.digest == "b" * 64
+        folder.forget_versions(state)
+    folder.keep_accepted(release(7, 3 * DAY), signed=False)
+    state = folder.load()
+    assert (state.signed_mark, state.unsigned_mark) == (None, Mark(7, 3 * DAY))
+    folder.keep_accepted(None, signed=False)
+    assert not folder.load().accepted_release
+
+
+def test_a_mark_of_an_earlier_version_has_no_digest(folder: StateFolder) -> None:
+    text = {"destination": "/srv/x", "signed_mark": {"serial": 5, "date": 50}}
+    (folder.path / "state.json").write_text(json.dumps(text))
+    mark = folder.load().signed_mark
+    assert mark == Mark(5, 50.0)
+    assert mark.digest is None
+    state = accepted(folder.load(), Mark(5, 50.0, "d"), signed=True)
+    assert state.signed_mark is not None
+    assert state.signed_mark.digest == "d"
 
 
 def test_a_signature_that_nobody_verified_is_none(folder: StateFolder) -> None:

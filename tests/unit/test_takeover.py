@@ -163,3 +163,9 @@ def test_where_nothing_is_installed_nothing_is_written(tmp_path: Path) -> None:
     report = take_over(tmp_path)
     assert (report.done, report.left) == ((), ())
     assert listing(tmp_path) == {}
+
+
+def test_a_file_that_is_all_brackets_is_left(old: Path) -> None:
+    file = old / "etc/casync-updater/brackets.json"
+    file.write_text("[" * 200_000)
+    assert any("brackets.json is not valid JSON" in line for line in take_over(old).left)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from casync_updater import __version__
@@ -32,7 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
     hosts = (live.get("online") or {}).get("hosts", ())
     drives = live.get("drives", ())
     found = [
-        _entry(entry, StateFolder(root, entry).peek(), live.get("entries", {}).get(entry.name, {}))
+        _entry(
+            entry,
+            root,
+            StateFolder(root, entry).peek(),
+            live.get("entries", {}).get(entry.name, {}),
+        )
         for entry in entries
     ]
     if arguments.json:
@@ -49,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(entry: Entry, state: State, live: dict[str, Any]) -> dict[str, object]:
+def _entry(entry: Entry, root: Path, state: State, live: dict[str, Any]) -> dict[str, object]:
     try:
         why = survey(entry, state.no_exchange).why
     except LocalError as error:
@@ -73,7 +79,15 @@ def _entry(entry: Entry, state: State, live: dict[str, Any]) -> dict[str, object
         else {**dataclasses.asdict(state.refused), "since": _time(state.refused.since)},
         "lastError": state.last_error,
         "held": state.held,
+        "selfUpdate": _self_update(root) if entry.self_update else None,
     }
+
+
+def _self_update(root: Path) -> str | None:
+    # Loaded here, since hardly any machine needs it: it reads packages.
+    from casync_updater.cycle.selfupdate import SelfUpdate  # noqa: PLC0415
+
+    return SelfUpdate(root).words()
 
 
 def _installed(installed: Installed) -> dict[str, object]:
@@ -106,6 +120,7 @@ def _show(item: dict[str, Any]) -> None:
         "started by": item["reason"],
         "next check": item["nextCheck"],
         "held": item["held"],
+        "casync-updater": item["selfUpdate"],
         "not atomic": item["notAtomicBecause"],
         "last error": item["lastError"],
         "refused": item["refused"]

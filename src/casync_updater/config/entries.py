@@ -20,6 +20,7 @@ from casync_updater.config.problems import (
     Problems,
     Reader,
     below,
+    flag,
     is_folder,
     is_readable_file,
     is_there,
@@ -100,6 +101,7 @@ def load_entries(path: Path) -> Loaded[Entry]:
     ]
     names = entry_names([(draft.name, draft.destination) for draft in drafts])
     clashing = _check_names(drafts, names, problems) | _check_destinations(drafts, problems)
+    clashing |= _check_single_self_update(drafts, problems)
     entries = tuple(
         replace(draft.entry, name=name)
         for position, (draft, name) in enumerate(zip(drafts, names, strict=True))
@@ -193,7 +195,10 @@ def _draft(reader: Reader, file: Path) -> _Draft:
     keep = reader.optional("keep", whole(0))
     health_check = reader.each("healthCheck", text)
     apply = reader.optional("apply", one_of(*Apply))
+    self_update = reader.optional("selfUpdate", flag)
     reader.finish()
+    if self_update:
+        _check_self_update(reader, source, apply)
     _check_preserved(reader, preserve, source)
     if destination is not None and source is not None:
         _check_destination(reader, destination, source, backup, preserve)
@@ -213,6 +218,7 @@ def _draft(reader: Reader, file: Path) -> _Draft:
             keep=1 if keep is None else keep,
             health_check=health_check,
             apply=Apply(apply or Apply.ATOMIC),
+            self_update=bool(self_update),
             file=file,
         )
     return _Draft(reader.where, name, destination, entry)
@@ -271,6 +277,26 @@ def _keyrings(reader: Reader, file: Path) -> tuple[Path, ...]:
     if reader.has("signedBy") and not found and not reader.failed:
         reader.error("signedBy", "names no keyring; name one, or leave the key out")
     return found
+
+
+def _check_self_update(reader: Reader, source: Location | None, apply: str | None) -> None:
+    """What has no meaning where the content is packages that this program installs itself."""
+    if source is not None and source.suffix == ".caibx":
+        reader.error("selfUpdate", "is for folders (.caidx) that packages are in, and no file")
+    if apply == Apply.IN_PLACE:
+        reader.error("apply", "in-place would install packages that are half there; leave it out")
+    if reader.has("preserve"):
+        reader.error("preserve", "keeps nothing of use beside packages; leave it out")
+    for key, why in (
+        ("triggers", "would run before the packages are installed"),
+        ("healthCheck", "would judge the version that is about to be replaced"),
+    ):
+        if reader.has(key):
+            reader.error(
+                key,
+                f"{why}: with selfUpdate, the service is restarted, and a version that does not"
+                " work is replaced by the one before, without it; leave it out",
+            )
 
 
 def _check_preserved(reader: Reader, preserve: Sequence[str], source: Location | None) -> None:
@@ -366,6 +392,18 @@ def _check_destinations(drafts: Sequence[_Draft], problems: Problems) -> set[int
             )
             clashing |= _stopped(drafts, position, other)
     return clashing
+
+
+def _check_single_self_update(drafts: Sequence[_Draft], problems: Problems) -> set[int]:
+    """Two entries with selfUpdate would install one version over the other, in turns."""
+    found = [at for at, draft in enumerate(drafts) if draft.entry and draft.entry.self_update]
+    for position in found[1:]:
+        problems.error(
+            *drafts[position].where,
+            "selfUpdate",
+            f"is also in {drafts[found[0]].title}; one entry receives casync-updater's packages",
+        )
+    return set(found) if found[1:] else set()
 
 
 def _stopped(drafts: Sequence[_Draft], one: int, other: int) -> set[int]:

@@ -206,6 +206,13 @@ def nearly(word: str, known: Iterable[str]) -> str | None:
     return plain[matches[0]] if matches else None
 
 
+def flag(value: object) -> bool:
+    """A JSON true or false."""
+    if not isinstance(value, bool):
+        raise BadValueError(f"must be true or false, and is {kind(value)}")
+    return value
+
+
 def one_of(*choices: str) -> Callable[[object], str]:
     """A parser for one of a few words."""
 

@@ -214,21 +214,26 @@ class Checker:
         release = candidate.release
         mark = self.state.signed_mark if candidate.signed else self.state.unsigned_mark
         installed = self.state.installed
-        known_digest = None if mark is None else self._digest_of(mark.serial)
-        match order(release, mark, known_digest):
+        if mark is not None and mark.digest is None:
+            mark = replace(mark, digest=self._digest_of(mark.serial))
+        match order(release, mark):
             case Order.OLDER:
                 return self._older(candidate, release, mark)
             case Order.CONFLICT:
+                assert mark is not None
                 raise TrustError(
                     "serial",
-                    expected=f"archive {known_digest} for serial {release.serial}",
+                    expected=f"archive {mark.digest} for serial {release.serial}",
                     found=f"archive {release.digest}",
                     where=candidate.where,
                 )
         same = installed is not None and installed.digest == release.digest
         bad = any(release.digest == one.digest for one in self.state.bad)
         now = self._now()
-        if not same and not bad and freshness(release, now) is Freshness.EXPIRED:
+        fresh = freshness(release, now)
+        if fresh is Freshness.UNKNOWN:
+            candidate = _doubted(candidate, release, now)
+        if not same and not bad and fresh is Freshness.EXPIRED:
             raise TrustError(
                 "expiry",
                 expected=f"a release that is still valid on {_date(now.time)}",
@@ -252,7 +257,7 @@ class Checker:
         return self._unless_held(candidate)
 
     def _digest_of(self, serial: int) -> str | None:
-        """The digest that was seen here under a serial, installed now or before."""
+        """The digest that was seen here under a serial, for a mark that does not say it."""
         seen = {bad.serial: bad.digest for bad in self.state.bad}
         seen |= {kept.installed.serial: kept.installed.digest for kept in self.state.previous}
         if self.state.installed is not None:
@@ -314,6 +319,15 @@ def _candidate(origin: Origin, source: Source, vouched: Vouched) -> Candidate:
         vouched.where,
         vouched.remark,
     )
+
+
+def _doubted(candidate: Candidate, release: Release, now: BestClock) -> Candidate:
+    """A candidate that may have expired, with a word on why nobody knows."""
+    doubt = (
+        f"whether it is still valid (Valid-Until {_date(release.valid_until)}) is not known, since"
+        f" the system clock shows a time before {_date(now.time)}"
+    )
+    return replace(candidate, remark="; ".join(filter(None, (candidate.remark, doubt))))
 
 
 def _place(candidate: Candidate) -> tuple[int, float]:

@@ -45,7 +45,7 @@ from casync_updater.model import (
     Step,
 )
 from casync_updater.reports import CycleEnd, Outcome
-from casync_updater.sources.base import Source
+from casync_updater.sources.base import Source, shown
 from casync_updater.sources.chunks import Chunks
 from casync_updater.state import (
     Bad,
@@ -191,7 +191,12 @@ class Session:
         if not self._state.pending:
             return ()
         self._monitor.step(Step.ACT, version)
-        acted, self._state = self._actor().act(self._state)
+        actor = self._actor()
+        try:
+            acted, self._state = actor.act(self._state)
+        except BaseException:
+            self._state = actor.saved or self._state
+            raise
         self._failures += map(LocalError, acted.failures)
         return acted.commands
 
@@ -335,16 +340,22 @@ class Session:
                 # What a commit announced stays announced, until recovery has looked.
                 self._state = saved
             self._state = replace(self._state, last_check=now, last_error=str(error))
-            if isinstance(error, TrustError):
+            if isinstance(error, TrustError | ContentError):
                 self._state = replace(self._state, refused=self._refusal(error, now))
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
 
-    def _refusal(self, error: TrustError, now: float) -> Refusal:
+    def _refusal(self, error: TrustError | ContentError, now: float) -> Refusal:
         """What `status` shows; what was refused for the same reason before keeps its time."""
+        if isinstance(error, TrustError):
+            refused = Refusal(error.check, error.expected, error.found, error.where, now)
+        else:
+            source = shown(self._entry.source.index)
+            refused = Refusal("content", "what the publisher made", str(error), source, now)
         before = self._refused_before
-        since = before.since if before is not None and before.check == error.check else now
-        return Refusal(error.check, error.expected, error.found, error.where, since)
+        if before is not None and before.check == refused.check:
+            refused = replace(refused, since=before.since)
+        return refused
 
 
 _MTREE_CARRIES = frozenset(

@@ -32,7 +32,6 @@ check of contents (`verify`) sees it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -243,37 +242,18 @@ class Record:
         start, end = self.content(node)
         return end - start
 
-    def save(self, path: Path) -> None:
-        """Write the record, durably, in one step.
-
-        Raises:
-            LocalError: it cannot be written.
-        """
-        temporary = path.with_name(path.name + ".new")
-        try:
-            with temporary.open("wb") as file:
-                digest = hashlib.sha256()
-                file.write(_MAGIC)
-                for part in self._parts():
-                    head = len(part).to_bytes(_LENGTH, "little")
-                    digest.update(head)
-                    digest.update(part)
-                    file.write(head)
-                    file.write(part)
-                file.write(bytes(_LENGTH))
-                file.write(digest.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise LocalError(f"{path} cannot be written: {error.strerror}") from error
+    def packed(self) -> Iterator[bytes]:
+        """The file that `load` reads, piece by piece."""
+        digest = hashlib.sha256()
+        yield _MAGIC
+        for part in self._parts():
+            head = len(part).to_bytes(_LENGTH, "little")
+            digest.update(head)
+            digest.update(part)
+            yield head
+            yield part
+        yield bytes(_LENGTH)
+        yield digest.digest()
 
     def _parts(self) -> Iterator[bytes]:
         """What a record's file consists of, one part after the other; none is empty."""
@@ -311,46 +291,52 @@ def load(path: Path) -> Record | None:
         return None
     except OSError as error:
         raise LocalError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, IndexError, struct.error, zstandard.ZstdError) as error:
+    except (ValueError, IndexError, StopIteration, struct.error, zstandard.ZstdError) as error:
         raise ContentError(f"{path} is damaged or cut off: {error}") from error
 
 
 def _parse(file: BinaryIO) -> Record:
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("it is no record")
+    parts = iter(_checked_parts(file))
+
+    def column(code: str) -> array[int]:
+        out = array(code)
+        out.frombytes(unpack(next(parts)))
+        return out
+
+    unpack = zstandard.ZstdDecompressor().decompress
+    flags, chunk_min, chunk_avg, chunk_max = _INDEX.unpack(next(parts))
+    index = Index(flags, chunk_min, chunk_avg, chunk_max, unpack(next(parts)))
+    kinds = bytearray(unpack(next(parts)))
+    starts, places = _sum(column("Q")), _sum(column("Q"))
+    spans, parents = column("I"), column("I")
+    inodes, mtimes, ctimes, modes = column("Q"), column("q"), column("q"), column("I")
+    size = int.from_bytes(next(parts), "little")
+    skeleton = Blocks(list(parts), size)
+    return Record(
+        index, kinds, starts, places, spans, parents, inodes, mtimes, ctimes, modes, skeleton
+    )
+
+
+def _checked_parts(file: BinaryIO) -> list[bytes]:
+    """A record's parts, known to be what was written: a damaged length could be any memory."""
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size
-
-    def part() -> bytes:
+    parts: list[bytes] = []
+    while True:
         head = file.read(_LENGTH)
         size = int.from_bytes(head, "little")
         if len(head) < _LENGTH or size > left:
             raise ValueError("it ends early")
-        data = file.read(size)
-        if data:
-            digest.update(head)
-            digest.update(data)
-        return data
-
-    def column(code: str) -> array[int]:
-        out = array(code)
-        out.frombytes(unpack(part()))
-        return out
-
-    unpack = zstandard.ZstdDecompressor().decompress
-    flags, chunk_min, chunk_avg, chunk_max = _INDEX.unpack(part())
-    index = Index(flags, chunk_min, chunk_avg, chunk_max, unpack(part()))
-    kinds = bytearray(unpack(part()))
-    starts, places = _sum(column("Q")), _sum(column("Q"))
-    spans, parents = column("I"), column("I")
-    inodes, mtimes, ctimes, modes = column("Q"), column("q"), column("q"), column("I")
-    size = int.from_bytes(part(), "little")
-    skeleton = Blocks(list(iter(part, b"")), size)
+        if not size:
+            break
+        parts.append(file.read(size))
+        digest.update(head)
+        digest.update(parts[-1])
     if file.read() != digest.digest():
         raise ValueError("its checksum is wrong")
-    return Record(
-        index, kinds, starts, places, spans, parents, inodes, mtimes, ctimes, modes, skeleton
-    )
+    return parts
 
 
 def _delta(column: array[int]) -> array[int]:

@@ -88,7 +88,11 @@ def test_the_old_example_with_backup_triggers_and_startup_loads_as_it_is(tmp_pat
 def test_the_installed_example_loads_without_a_warning() -> None:
     loaded = load_entries(ROOT / "conf" / "examples" / "client.json")
     assert (loaded.problems, loaded.warnings) == ((), ())
-    assert [entry.name for entry in loaded.entries] == ["myproject", "website"]
+    assert [entry.name for entry in loaded.entries] == [
+        "myproject",
+        "website",
+        "casync-updater-packages",
+    ]
 
 
 def test_every_new_key_is_read(tmp_path: Path) -> None:
@@ -234,6 +238,22 @@ WRONG_VALUES: list[tuple[dict[str, Any], str, str]] = [
     ({"keep": False}, "keep", "and is false"),
     ({"healthCheck": "true"}, "healthCheck", "must be a list"),
     ({"apply": "inplace"}, "apply", "'atomic' or 'in-place'"),
+    ({"selfUpdate": "yes"}, "selfUpdate", "must be true or false"),
+    ({"selfUpdate": 1}, "selfUpdate", "must be true or false"),
+    ({"selfupdate": True}, "selfupdate", "selfUpdate"),
+    ({"selfUpdate": True, "apply": "in-place"}, "apply", "half there"),
+    ({"selfUpdate": True, "preserve": ["x"]}, "preserve", "leave it out"),
+    ({"selfUpdate": True, "healthCheck": ["true"]}, "healthCheck", "about to be replaced"),
+    (
+        {"selfUpdate": True, "triggers": [{"paths": ["."], "actions": ["true"]}]},
+        "triggers",
+        "before the packages are installed",
+    ),
+    (
+        {"selfUpdate": True, "srcIndex": "https://project1.example/x.caibx"},
+        "selfUpdate",
+        "folders",
+    ),
     ({"srcindex": "x"}, "srcindex", "did you mean 'srcIndex'"),
     ({"trigger": []}, "trigger", "did you mean 'triggers'"),
     ({"signed_by": "x"}, "signed_by", "did you mean 'signedBy'"),
@@ -556,7 +576,7 @@ def test_a_given_name_stays_as_it_is(wanted: list[tuple[str | None, Path]]) -> N
 
 KEYS = st.sampled_from(
     "interval srcIndex srcStore backupIndex backupStore dstPath triggers startup name project"  # noqa: SIM905
-    " signedBy preserve keep healthCheck apply paths actions comment".split()
+    " signedBy preserve keep healthCheck apply selfUpdate paths actions comment".split()
 ) | st.text(max_size=5)
 SCALARS = (
     st.none()
@@ -611,3 +631,18 @@ def test_whatever_the_bytes_are_nothing_is_raised(
     loaded = load_entries(file)
     assert loaded.entries == ()
     assert loaded.problems or loaded.warnings
+
+
+def test_one_entry_receives_the_own_packages(tmp_path: Path) -> None:
+    one = plain(name="one", selfUpdate=True)
+    assert only(written(tmp_path, one)).self_update
+    assert not only(written(tmp_path, plain(selfUpdate=False))).self_update
+    two = plain(name="two", selfUpdate=True, dstPath="/opt/two")
+    loaded = load_entries(written(tmp_path, [one, two, plain(name="three", dstPath="/opt/three")]))
+    assert [entry.name for entry in loaded.entries] == ["three"]
+    (problem,) = loaded.problems
+    assert "client.json: entry 2 (two): selfUpdate: is also in entry 1 (one) in " in problem
+    broken = plain(name="two", selfUpdate=True, dstPath="relative")
+    assert [entry.name for entry in load_entries(written(tmp_path, [one, broken])).entries] == [
+        "one"
+    ]

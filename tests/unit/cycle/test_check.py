@@ -166,10 +166,22 @@ def test_a_serial_that_was_accepted_and_not_yet_installed_is_taken_again() -> No
         State("/srv/x", installed=installed(4), bad=(Bad(digest(5), 5),)),
     ],
 )
-def test_another_tree_under_the_same_serial_is_refused(state: State) -> None:
+def test_a_mark_without_digest_goes_by_what_was_installed(state: State) -> None:
     desk = Desk(replace(state, unsigned_mark=Mark(5, BUILD_DATE)))
     desk.publish(release(5, digest=digest(6)))
     assert desk.refused() == "serial"
+
+
+@pytest.mark.parametrize("current", [None, installed(4)])
+def test_another_tree_under_the_same_serial_is_refused(current: Installed | None) -> None:
+    """Also where what was accepted under it is neither installed nor kept."""
+    desk = Desk(State("/srv/x", installed=current))
+    desk.publish(release(5))
+    assert desk.newer() == "v5"
+    desk.publish(release(5, digest=digest(6), date=BUILD_DATE + DAY))
+    assert desk.refused() == "serial"
+    desk.publish(release(5, date=BUILD_DATE + DAY))
+    assert desk.newer() == "v5"
 
 
 def test_signing_again_keeps_the_serial() -> None:
@@ -229,6 +241,16 @@ def test_expiry_is_judged_by_the_best_clock(
         assert desk.newer() == "v5"
     else:
         assert desk.refused() == "expiry"
+
+
+def test_a_clock_that_is_behind_is_reported_until_it_is_set() -> None:
+    desk = Desk(State("/srv/x", installed=installed(5), unsigned_mark=Mark(5, BUILD_DATE)))
+    desk.clock.now = 0.0
+    desk.publish(release(5, valid_until=BUILD_DATE + DAY))
+    remark = desk.check().outcome.candidate.remark
+    assert "the system clock shows a time before 2026-11-23" in remark
+    desk.clock.now = BUILD_DATE + DAY - 1
+    assert desk.check().outcome.candidate.remark == ""
 
 
 def test_expiry_stops_installing_and_nothing_else() -> None:

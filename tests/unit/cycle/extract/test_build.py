@@ -7,7 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.formats.test_archive import (
+
+from casync_updater.cycle.extract import Extracted, extract, plan_extract, supported
+from casync_updater.errors import ContentError, MissingError
+from casync_updater.formats.index import SHA512_256, Index
+from casync_updater.model import ChunkRef
+from support.catar import (
     FLAGS,
     PAYLOAD,
     SYMLINK,
@@ -17,11 +22,6 @@ from tests.unit.formats.test_archive import (
     goodbye,
     record,
 )
-
-from casync_updater.cycle.extract import Extracted, extract, plan_extract, supported
-from casync_updater.errors import ContentError, MissingError
-from casync_updater.formats.index import SHA512_256, Index
-from casync_updater.model import ChunkRef
 
 
 class Pieces:
