@@ -35,11 +35,12 @@ RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-de
 BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
 TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
-	python3-pytest python3-pytest-xdist python3-typeshed
+	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
-BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils debian-archive-keyring iproute2 mmdebstrap nftables \
-	qemu-system-common systemd-container
+BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
+SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring debootstrap debos dosfstools exfatprogs \
+	fdisk iproute2 kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common \
+	qemu-system-x86 qemu-user-static systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -154,10 +155,18 @@ fuzz: deps ## For developers: fuzz every parser (TARGETS, SECONDS_EACH, SEED; an
 	PYTHONPATH=src:tests build/fuzz/bin/python -m fuzz.run $(TARGETS) \
 		--seconds $(SECONDS_EACH) --seed $(SEED)
 
+.PHONY: campaign-carry
+campaign-carry: deps ## One drive and ten devices of different ages, in random order
+	@$(call campaign,carry,50)
+
+.PHONY: campaign-drives
+campaign-drives: deps ## USB drives pulled out of a virtual machine, COUNT times each (root; long)
+	@USB_PULLS=$(or $(COUNT),20) $(PYTEST) -q tests/system/test_usb.py
+
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)
 	@$(call install,$(BENCH_PACKAGES))
-	PYTHONPATH=src $(PYTHON) tests/bench/bench.py
+	PYTHONPATH=src:tests $(PYTHON) tests/bench/bench.py
 
 # dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
 # PATH would be taken for Debian's, hence the clean environment.

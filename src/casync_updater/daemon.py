@@ -57,6 +57,12 @@ _VERBS = {
     Step.MIRROR: "refreshing the backup of",
 }
 
+_TOLD = (Step.BUILD, Step.VERIFY, Step.COMMIT, Step.ACT, Step.MIRROR)
+"""The steps that take long, of which the journal has those that a drive waits for."""
+
+_LONG = 10_000_000
+"""Bytes from which on the quarters of a step are in the journal too."""
+
 _LEVELS = {
     Outcome.CURRENT: logging.INFO,
     Outcome.UPDATED: logging.INFO,
@@ -520,11 +526,12 @@ class Daemon:
         for child in self._children:
             name = child.task.name
             drive = self._drive_of(child)
-            if drive is None or child.step is Step.CHECK:
+            if drive is None or child.step not in _TOLD:
                 continue
             progress = child.progress
             quarter = 0
-            if progress is not None and progress.total:
+            if progress is not None and (progress.total or 0) > _LONG:
+                assert progress.total is not None
                 quarter = 4 * progress.done // progress.total
             if self._heard_of.get(name) != (child.step, quarter):
                 self._heard_of[name] = (child.step, quarter)

@@ -288,7 +288,7 @@ class SilentMonitor:
 class FetchSettings:
     """``[fetch]``: how releases and chunks are fetched."""
 
-    connections: int = 8
+    connections: int = 32
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
     """Seconds without a single byte after which a request is given up."""

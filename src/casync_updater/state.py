@@ -6,7 +6,7 @@
     STATE/NAME/state.json.broken what could not be read, set aside
     STATE/NAME/state.json.format-N  the last state that a version with another format has left
     STATE/NAME/lock              held while a cycle runs
-    STATE/NAME/queued            a cycle that an action of the same entry asked for
+    STATE/NAME/queued            what actions of the same entry asked for: a command in JSON a line
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
                                  .signed (empty) where a signature of that was verified,
@@ -25,15 +25,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from casync_updater import codec
 from casync_updater.errors import BusyError, ContentError, LocalError
-from casync_updater.files import write_atomic
-from casync_updater.formats.record import Window
+from casync_updater.files import write_atomic, write_together
+from casync_updater.formats.record import Record, Window
 from casync_updater.model import Entry, Identity, Installed, Mark
 
 FORMAT = 1
@@ -231,11 +231,6 @@ class StateFolder:
         """Where commands and lists of changed paths are kept for actions."""
         return self.path / "actions"
 
-    @property
-    def queued(self) -> Path:
-        """Marks that one more cycle was asked for while one is running."""
-        return self.path / "queued"
-
     def index(self, installed: Installed) -> Path:
         """The index of a version."""
         return self._version(installed, self._index_suffix)
@@ -381,16 +376,35 @@ class StateFolder:
         installed: Installed,
         index: bytes,
         release: bytes | None,
-        manifest: bytes | None,
+        knowledge: bytes | Record | None,
         *,
         signed: bool,
     ) -> None:
-        """Write a version's companions, durably, before a state names them."""
-        write_atomic(self.index(installed), index)
-        if manifest is not None:
-            write_atomic(self.manifest(installed), manifest)
+        """Write a version's companions, durably, before a state names them.
+
+        Args:
+            installed: the version.
+            index: its index.
+            release: its release as published; None in the old layout.
+            knowledge: what is known of its tree: a record, or else a manifest (zstd), if any.
+            signed: the release's signature was verified.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        mark = self._version(installed, ".signed")
+        if not signed:
+            mark.unlink(missing_ok=True)
+        files: dict[Path, Iterable[bytes]] = {self.index(installed): (index,)}
+        if isinstance(knowledge, bytes):
+            files[self.manifest(installed)] = (knowledge,)
+        elif knowledge is not None:
+            files[self.record(installed)] = knowledge.packed()
         if release is not None:
-            self.keep_release(installed, release, signed=signed)
+            files[self.release(installed)] = (release,)
+        write_together(files)
+        if release is not None and signed:
+            write_atomic(mark, b"")
 
     def keep_release(self, installed: Installed, release: bytes, *, signed: bool) -> None:
         """Write the text of a version's release, and whether its signature was verified."""
@@ -420,6 +434,38 @@ class StateFolder:
         for file in folder.iterdir():
             if file.name.split(".")[0] not in named:
                 file.unlink()
+
+    def ask(self, *words: str) -> None:
+        """Leave a command to whoever holds the entry; see `asked`.
+
+        Raises:
+            LocalError: it cannot be written.
+        """
+        try:
+            with self._queued.open("a") as file:
+                file.write(json.dumps(words) + "\n")
+        except OSError as error:
+            raise LocalError(f"{self._queued}: {error.strerror}") from error
+
+    def asked(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that were left, each once, in their order."""
+        try:
+            lines = self._queued.read_text().splitlines()
+        except (OSError, ValueError):
+            return ()
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(tuple(map(str, json.loads(line))))
+        return tuple(dict.fromkeys(found))
+
+    def answered(self) -> None:
+        """The commands that `asked` gave are done, or will be without being asked again."""
+        self._queued.unlink(missing_ok=True)
+
+    @property
+    def _queued(self) -> Path:
+        return self.path / "queued"
 
     @contextlib.contextmanager
     def locked(self, reason: str, *, wait: float) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """Measure updates by casync-updater beside casync, rsync and OSTree: `make bench`.
 
-    PYTHONPATH=src /usr/bin/python3 tests/bench/bench.py [--quick] [--runs 3] [--larger 5]
+    PYTHONPATH=src:tests /usr/bin/python3 tests/bench/bench.py [--only PART]... [--runs 3]
+        [--larger 10] [--synthetic] [--quick]
 
 Everything is measured in one run, on the same trees, as whole processes, over a link of 40 ms and
 50 Mbit/s, with everything in the page cache. The tables on standard output are markdown; what is
@@ -23,12 +24,20 @@ from pathlib import Path
 
 from lab import Cost, Lab, lab, publish
 from link import RATE
-from trees import change, make_tree
-from ways import PEERS, CasyncInPlace, CasyncStaged, OSTree, Ours, Rsync, Way, commit
+from trees import change, contents, debian_tree, make_tree, stretch
+from ways import PEERS, SYNCED, CasyncInPlace, CasyncStaged, OSTree, Ours, Rsync, Way, commit
+
+from casync_updater.formats import index as index_format
+from casync_updater.formats.store import path_of
+from system.nspawn import base
 
 MB = 1_000_000
 MIB = 1 << 20
 BLOCK = 4096
+GROWN = ("many", "large")
+PARTS = ("fresh", "updates", "drive", "idle", *GROWN)
+FILES = 86_000
+"""Of the tree with many files."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Plan:
     Attributes:
         files: of the tree.
         total: its bytes.
+        original: where it stands; None for one that is made up.
         changed: files that a version changes.
         more: unchanged files that the tree with many files has on top.
         larger: how many times as large the tree with the large files is.
@@ -46,6 +56,7 @@ class Plan:
 
     files: int
     total: int
+    original: Path | None
     changed: int
     more: int
     larger: int
@@ -63,11 +74,16 @@ class Source:
         self.version = 1
         self.changed_bytes = 0
         """What the files of the last change take on a disk."""
-        stretched = plan.larger * plan.total if name == "large" else 0
         rng = random.Random(1)
-        self._paths = make_tree(
-            self.path / "base", plan.files, plan.total, rng, stretched=stretched
-        )
+        base = self.path / "base"
+        if plan.original is None:
+            make_tree(base, plan.files, plan.total, rng)
+        else:
+            self.path.mkdir()
+            subprocess.run(["cp", "-a", plan.original, base], check=True)
+        self._paths = contents(base)
+        if name == "large":
+            stretch(self._paths, plan.larger * plan.total, rng)
         if name == "many":
             make_tree(self.path / "more", plan.more, plan.total, rng)
         self._rng = random.Random(2)
@@ -130,8 +146,11 @@ def compare(way: Way, source: Source) -> None:
 
 
 def fresh_installs(here: Lab, way: type[Way], runs: int) -> tuple[Way, Runs]:
-    """The way with something installed, and what that cost."""
+    """The way with something installed, and what that cost; without runs, it is installed near."""
     costs = []
+    if not runs:
+        made = way(here, "base", way.__name__)
+        made.fresh(near=True)
     for number in range(runs):
         made = way(here, "base", f"{way.__name__}-{number}")
         say(f"fresh install: {made.title}")
@@ -144,9 +163,10 @@ def fresh_installs(here: Lab, way: type[Way], runs: int) -> tuple[Way, Runs]:
 class Bench:
     """The measurements, one after the other; each leaves what the tables need."""
 
-    def __init__(self, here: Lab, plan: Plan) -> None:
+    def __init__(self, here: Lab, plan: Plan, parts: frozenset[str]) -> None:
         self._here = here
         self._plan = plan
+        self._parts = parts
         self.fresh: dict[type[Way], Runs] = {}
         self.updates: dict[type[Way], Runs] = {}
         self.links = 0.0
@@ -154,7 +174,10 @@ class Bench:
         self.changed_bytes = 0.0
         self.noops: dict[str, Cost] = {}
         self.grown: dict[str, Runs] = {}
-        self.drive: Cost
+        self.drives: dict[int, Cost] = {}
+        """Updates with a drive, by the chunks that it lacked."""
+        self.documents = 0
+        """Bytes of the release and index of the last of these."""
         self.daemon = 0
 
     def measure(self) -> None:
@@ -167,42 +190,55 @@ class Bench:
                 # It installs as the one before it does.
                 ways.append(self._copy(ways[-1]))
                 continue
+            if kind is not Ours and not self._parts & {"fresh", "updates"}:
+                continue
             runs = self._plan.runs if kind in (Ours, Rsync) else 1
-            way, self.fresh[kind] = fresh_installs(self._here, kind, runs)
+            way, cost = fresh_installs(self._here, kind, runs if "fresh" in self._parts else 0)
             ways.append(way)
+            if cost.costs:
+                self.fresh[kind] = cost
+            if kind in SYNCED:
+                ways.append(self._copy(way, SYNCED[kind]))
         self._updates(source, ways)
         (ours,) = (way for way in ways if isinstance(way, Ours))
         self._noop(ours)
-        self._with_drive(source, ours)
-        self._idle(ours)
+        if "drive" in self._parts:
+            self._with_drive(source, ours)
+        if "idle" in self._parts:
+            self._idle(ours)
         for way in ways:
             way.remove()
         shutil.rmtree(source.path)
-        for name in ("many", "large"):
-            self._growth(name)
+        for name in GROWN:
+            if name in self._parts:
+                self._growth(name)
 
-    def _copy(self, way: Way) -> Way:
-        staged = CasyncStaged(self._here, "base", CasyncStaged.__name__)
-        subprocess.run(["cp", "-a", way.home, staged.home], check=True)
-        return staged
+    def _copy(self, way: Way, kind: type[Way] = CasyncStaged) -> Way:
+        copy = kind(self._here, "base", kind.__name__)
+        subprocess.run(["cp", "-a", way.home, copy.home], check=True)
+        return copy
 
     def _updates(self, source: Source, ways: list[Way]) -> None:
         costs: dict[type[Way], list[Cost]] = {type(way): [] for way in ways}
         links, changed = [], []
+        if "updates" not in self._parts:
+            # What has to grow is compared with ours.
+            ways = [way for way in ways if isinstance(way, Ours)]
         # Not of ours: a new link changes a file's ctime, by which ours sees who touched it.
-        (linked,) = (way for way in ways if isinstance(way, Rsync))
+        linked = next((way for way in ways if type(way) is Rsync), None)
         for number in range(self._plan.runs):
             source.next_version()
             commit(self._here, source.name)
             for way in ways:
                 say(f"update {number + 1}: {way.title}")
                 costs[type(way)].append(way.update())
-            links.append(self._bare_links(linked, number))
+            if linked is not None:
+                links.append(self._bare_links(linked, number))
             changed.append(source.changed_bytes)
         for way in ways:
             compare(way, source)
-        self.updates = {kind: Runs(tuple(found)) for kind, found in costs.items()}
-        self.links = statistics.median(links)
+        self.updates = {type(way): Runs(tuple(costs[type(way)])) for way in ways}
+        self.links = statistics.median(links) if links else 0.0
         self.changed_bytes = statistics.median(changed)
 
     def _bare_links(self, way: Way, number: int) -> int:
@@ -218,18 +254,31 @@ class Bench:
         self.noops[ours.name] = ours.update()
 
     def _with_drive(self, source: Source, ours: Ours) -> None:
-        source.next_version()
-        drive = self._here.disk / "drive"
-        shutil.copytree(self._here.site / source.name, drive)
-        ours.configure(
-            backupIndex=f"{drive}/tree.caidx",
-            backupStore=f"{drive}/store.castr",
+        drive, site = self._here.disk / "drive", self._here.site / source.name
+        for every in (0, 2):
+            known = self._chunks(site)
+            source.next_version()
+            shutil.copytree(site, drive)
+            lacks = sorted(self._chunks(site) - known)[::every] if every else []
+            for name in lacks:
+                (drive / "store.castr" / path_of(name)).unlink()
+            ours.configure(
+                backupIndex=f"{drive}/tree.caidx",
+                backupStore=f"{drive}/store.castr",
+            )
+            say(f"update with the drive present, which lacks {len(lacks)} chunks")
+            self.drives[len(lacks)] = ours.update()
+            compare(ours, source)
+            ours.configure()
+            shutil.rmtree(drive)
+        self.documents = sum(
+            (site / f"tree.caidx{suffix}").stat().st_size for suffix in ("", ".release")
         )
-        say("update with the drive present")
-        self.drive = ours.update()
-        compare(ours, source)
-        ours.configure()
-        shutil.rmtree(drive)
+
+    def _chunks(self, site: Path) -> set[str]:
+        """The chunks of what is published."""
+        index = index_format.parse((site / "tree.caidx").read_bytes(), "the index")
+        return {ref.hex for ref in index}
 
     def _idle(self, ours: Ours) -> None:
         say("the idle daemon")
@@ -238,11 +287,11 @@ class Bench:
             children = Path(f"/proc/{process}/task/{process}/children")
             seen, quiet = False, 0
             deadline = time.monotonic() + 60
-            # Its first cycle is a process of its own; after that it only waits.
-            while quiet < 5:
+            # Its first cycle is a process of its own, a short one; after that it only waits.
+            while quiet < 100:
                 if time.monotonic() > deadline:
                     raise SystemExit("bench: the daemon did not come to rest within a minute")
-                time.sleep(0.5)
+                time.sleep(0.02)
                 busy = bool(children.read_text())
                 seen = seen or busy
                 quiet = quiet + 1 if seen and not busy else 0
@@ -292,11 +341,11 @@ class Bench:
             for target, measured, good in (
                 *self._update_targets(),
                 *self._fresh_targets(),
-                self._written_target(),
+                *self._written_targets(),
                 *self._growth_targets(),
                 *self._noop_targets(),
                 *self._memory_targets(),
-                self._drive_target(),
+                *self._drive_targets(),
             )
         ]
         table(("target", "measured", ""), rows)
@@ -309,11 +358,15 @@ class Bench:
             (Rsync, 1.0),
             (OSTree, 1.0),
         ):
+            if kind not in self.updates:
+                continue
             ratio = self.updates[kind].seconds / ours
             least = f"at least {wanted:g} times faster than" if wanted > 1 else "faster than"
             yield f"1. update {least} {kind.title}", f"{ratio:.2f} times", ratio >= wanted
 
     def _fresh_targets(self) -> Iterable[tuple[str, str, bool]]:
+        if not self.fresh:
+            return
         ours = self.fresh[Ours]
         needed = ours.median(lambda cost: cost.received) * 8 / RATE
         ratio = ours.seconds / needed
@@ -322,14 +375,16 @@ class Bench:
         ratio = ours.seconds / self.fresh[Rsync].seconds
         yield "2. fresh install at most as long as rsync -z", f"{ratio:.2f} times", ratio <= 1
 
-    def _written_target(self) -> tuple[str, str, bool]:
+    def _written_targets(self) -> Iterable[tuple[str, str, bool]]:
+        if not self.links:
+            return
         written = self.updates[Ours].median(lambda cost: cost.written)
         shown = (
             f"{megabytes(written)}; bare links {megabytes(self.links)},"
             f" changed files {megabytes(self.changed_bytes)}"
         )
         good = written <= self.links + 1.1 * self.changed_bytes
-        return "3. written at most the changed files plus 10 %, plus links' metadata", shown, good
+        yield "3. written at most the changed files plus 10 %, plus links' metadata", shown, good
 
     def _growth_targets(self) -> Iterable[tuple[str, str, bool]]:
         plan = self._plan
@@ -338,6 +393,8 @@ class Bench:
             ("many", f"{plan.files + plan.more:,} files", 3.0),
             ("large", f"{plan.larger} times the bytes", 1.2),
         ):
+            if name not in self.grown:
+                continue
             ratio = self.grown[name].seconds / ours
             shown = f"{ratio:.2f} times ({self.grown[name].seconds:.2f} s)"
             yield f"4. {what}, the same change: at most {most:g} times", shown, ratio <= most
@@ -349,21 +406,37 @@ class Bench:
             yield f"5. nothing new ({name}): one request, at most 0.3 s of CPU", shown, good
 
     def _memory_targets(self) -> Iterable[tuple[str, str, bool]]:
-        found = {"base": max(self.fresh[Ours].peak, self.updates[Ours].peak)}
-        found |= {name: runs.peak for name, runs in self.grown.items()}
+        found = {"update": self.updates[Ours].peak}
+        found |= {f"update of {name}": runs.peak for name, runs in self.grown.items()}
+        if self.fresh:
+            found["fresh"] = self.fresh[Ours].peak
         shown = ", ".join(f"{name} {peak / MIB:.1f}" for name, peak in found.items())
         good = max(found.values()) < 64 * MIB
         yield "6. peak memory under 64 MiB", f"{shown} MiB", good
+        if not self.daemon:
+            return
         shown = f"{self.daemon / MIB:.1f} MiB"
         yield "6. idle daemon under 24 MiB resident", shown, self.daemon < 24 * MIB
 
-    def _drive_target(self) -> tuple[str, str, bool]:
-        chunks = sum(path.endswith(".cacnk") for path in self.drive.requests)
-        shown = (
-            f"{chunks} chunks of {len(self.drive.requests)} requests,"
-            f" {megabytes(self.drive.received)}, {self.drive.seconds:.2f} s"
-        )
-        return "7. with the drive, no chunk over the network", shown, chunks == 0
+    def _drive_targets(self) -> Iterable[tuple[str, str, bool]]:
+        for lacks, cost in self.drives.items():
+            chunks = sum(path.endswith(".cacnk") for path in cost.requests)
+            documents = len(cost.requests) - chunks
+            shown = (
+                f"{documents} requests for release and index ({self.documents:,} bytes),"
+                f" {chunks} for chunks; {cost.received:,} bytes in all, {cost.seconds:.2f} s"
+            )
+            target = f"7. with a drive that lacks {lacks} chunks: only these over the network"
+            yield target, shown, (documents, chunks) == (2, lacks)
+
+
+def debian_plan(tree: Path, larger: int, runs: int) -> Plan:
+    """A minimal Debian system's /usr, which is put there."""
+    say("unpacking a Debian system")
+    debian_tree(tree, base("bookworm"))
+    paths = contents(tree)
+    total = sum(path.stat().st_size for path in paths)
+    return Plan(len(paths), total, tree, len(paths) // 100, FILES - len(paths), larger, runs)
 
 
 def main() -> None:
@@ -371,23 +444,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small tree: a test of this script")
     parser.add_argument("--runs", type=int, default=3, help="the median of so many (default: 3)")
     parser.add_argument(
-        "--larger",
-        type=int,
-        default=5,
-        help="how many times as large the large tree is (default: 5; the target says 10, which"
-        " takes as much more disk and time to publish)",
+        "--larger", type=int, default=10, help="how many times as large the large tree is"
+    )
+    parser.add_argument("--only", action="append", choices=PARTS, help="leave out the others")
+    parser.add_argument(
+        "--synthetic", action="store_true", help="a tree of words and noise: 8,578 files, 252 MB"
     )
     arguments = parser.parse_args()
     if os.geteuid():
         raise SystemExit("bench: needs root, for network namespaces and a file system of its own")
-    if arguments.quick:
-        plan = Plan(500, 15 * MB, 5, 2000, 2, 1)
-    else:
-        plan = Plan(8578, 252 * MB, 85, 77_422, arguments.larger, arguments.runs)
     # So that what was set up is taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="casync-updater-bench-") as name:
         folder = Path(name)
+        if arguments.quick:
+            plan = Plan(500, 15 * MB, None, 5, 2000, 2, 1)
+        elif arguments.synthetic:
+            plan = Plan(8578, 252 * MB, None, 85, 77_422, arguments.larger, arguments.runs)
+        else:
+            plan = debian_plan(folder / "usr", arguments.larger, arguments.runs)
         # Everybody's trees, and twice the large one.
         size = (12 + 2 * plan.larger) * plan.total + (1 << 30)
         with lab(folder, size) as here:
@@ -401,7 +476,7 @@ def main() -> None:
                 f" median of {plan.runs}. {versions()}.\n",
                 flush=True,
             )
-            bench = Bench(here, plan)
+            bench = Bench(here, plan, frozenset(arguments.only or PARTS))
             bench.measure()
         bench.print_ways()
         bench.print_targets()

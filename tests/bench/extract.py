@@ -38,7 +38,7 @@ def one_update(base: Path, staged: Path) -> None:
     planned = time.perf_counter()
     done = extract(plan, StoreChunks(base / "store.castr"), open_root(staged))
     built = time.perf_counter()
-    done.record.save(base / "record.new")
+    (base / "record.new").write_bytes(b"".join(done.record.packed()))
     saved = time.perf_counter()
     result = {
         "load": loaded - begin,
@@ -91,7 +91,7 @@ def _measure(base: Path, files: int, total: int, changed: int, runs: int) -> Non
     begin = time.perf_counter()
     installed = extract(plan_extract(first, None, -1), StoreChunks(base / "store.castr"), old)
     print(f"fresh install: {time.perf_counter() - begin:.2f} s")
-    installed.record.save(base / "record")
+    (base / "record").write_bytes(b"".join(installed.record.packed()))
     ours, theirs, links = [], [], []
     # Nothing is removed in between: ext4 looks long for an inode after many were freed.
     for number in range(runs):
@@ -126,7 +126,7 @@ def _restamp(base: Path) -> None:
     root = os.open(base / "old", os.O_RDONLY)
     trust(record, root, ())
     os.close(root)
-    record.save(base / "record")
+    (base / "record").write_bytes(b"".join(record.packed()))
 
 
 def _theirs(base: Path, staged: Path) -> float:

@@ -1,6 +1,7 @@
-"""Trees to measure on: as many files, as large and as compressible as those of a Debian /usr."""
+"""Trees to measure on: Debian's own /usr, and what is made up to grow it."""
 
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,7 @@ _FILES_PER_PACKAGE = 800
 _LETTERS = bytes(97 + number * number // 2600 for number in range(256))
 
 
-def make_tree(
-    root: Path, files: int, total: int, rng: random.Random, *, stretched: int = 0
-) -> list[Path]:
+def make_tree(root: Path, files: int, total: int, rng: random.Random) -> list[Path]:
     """Files of very different sizes (log-normal, as in /usr), eight or so in a directory.
 
     Four in five hold words, each eight hundred files their own, and the fifth holds noise: zstd
@@ -25,16 +24,10 @@ def make_tree(
         files: how many.
         total: how many bytes, about.
         rng: decides everything; the same for the same tree.
-        stretched: the bytes that the tree shall have in the end, by growing the files that are
-            not small and leaving the small ones; 0 to leave them all.
     """
     weights = [rng.lognormvariate(8.5, 2.0) for _ in range(files)]
     scale = total / sum(weights)
     sizes = [int(weight * scale) for weight in weights]
-    if stretched:
-        large = sum(size for size in sizes if size >= SMALL)
-        factor = 1 + (stretched - sum(sizes)) / large
-        sizes = [int(size * factor) if size >= SMALL else size for size in sizes]
     made = []
     words: list[bytes] = []
     for number, size in enumerate(sizes):
@@ -47,6 +40,32 @@ def make_tree(
             file.writelines(_content(size, words if number % 5 else [], rng))
         made.append(path)
     return made
+
+
+def debian_tree(root: Path, system: Path) -> None:
+    """Unpack /usr of a base system's tar file."""
+    root.mkdir(parents=True)
+    argv = ["tar", "--extract", f"--file={system}", f"--directory={root}", "--strip-components=2"]
+    subprocess.run([*argv, "./usr"], check=True)
+
+
+def contents(root: Path) -> list[Path]:
+    """The files of a tree that have something in them, in an order that stays."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if not path.is_symlink() and path.is_file() and path.stat().st_size
+    )
+
+
+def stretch(paths: list[Path], total: int, rng: random.Random) -> None:
+    """Let a tree have so many bytes, by growing the files that are not small."""
+    large = [path for path in paths if path.stat().st_size >= SMALL]
+    each = (total - sum(path.stat().st_size for path in paths)) // len(large)
+    for number, path in enumerate(large):
+        words = _words(rng) if number % 5 else []
+        with path.open("ab") as file:
+            file.writelines(_content(each, words, rng))
 
 
 def change(paths: list[Path], count: int, rng: random.Random) -> list[Path]:

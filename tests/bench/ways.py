@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 from lab import Cost, Lab
@@ -54,6 +55,29 @@ class Way(ABC):
 
     def _exchange(self) -> None:
         exchange(self._new, self.tree)
+
+    def _safely(self) -> tuple[list[str | Path] | Callable[[], None], ...]:
+        """What ours does as well: no power cut leaves half a tree, and one older tree is kept."""
+        older = self.home / "older"
+        return (
+            ["sync", "--file-system", self._new],
+            self._exchange,
+            ["sync", self.home],
+            ["rm", "-rf", older],
+            ["mv", "-T", self._new, older],
+        )
+
+    def _safely(self) -> tuple[list[str | Path] | Callable[[], None], ...]:
+        """What ours does as well: no power cut leaves half a tree, one older tree is kept."""
+        older = self.home / "older"
+        keep: list[str | Path] = ["mv", "-T", self._new, older]
+        return (
+            ["sync", "--file-system", self._new],
+            self._exchange,
+            ["sync", self.home],
+            ["rm", "-rf", older],
+            keep,
+        )
 
 
 class Ours(Way):
@@ -162,4 +186,37 @@ def commit(here: Lab, name: str) -> None:
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
 
 
+class RsyncSynced(Rsync):
+    title = "the same, synced, older tree removed"
+
+    def update(self) -> Cost:
+        rsync = self._rsync(self._new, f"--link-dest={self.tree}")
+        return self.here.work(rsync, *self._safely())
+
+
+class OSTreeSynced(OSTree):
+    title = "the same, synced, older tree removed"
+
+    def update(self) -> Cost:
+        return self.here.work(*self._steps(self._new), *self._safely())
+
+
+SYNCED: dict[type[Way], type[Way]] = {Rsync: RsyncSynced, OSTree: OSTreeSynced}
+
+
+class RsyncSynced(Rsync):
+    title = "the same, synced, older tree removed"
+
+    def update(self) -> Cost:
+        return self.here.work(self._rsync(self._new, f"--link-dest={self.tree}"), *self._safely())
+
+
+class OSTreeSynced(OSTree):
+    title = "the same, synced, older tree removed"
+
+    def update(self) -> Cost:
+        return self.here.work(*self._steps(self._new), *self._safely())
+
+
+SYNCED: dict[type[Way], type[Way]] = {Rsync: RsyncSynced, OSTree: OSTreeSynced}
 PEERS = (CasyncInPlace, CasyncStaged, Rsync, OSTree)

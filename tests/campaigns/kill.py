@@ -7,6 +7,7 @@ makes every action run exactly once, however often the updater is killed.
 """
 
 import argparse
+import ctypes
 import random
 import shutil
 import signal
@@ -14,6 +15,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from campaigns.world import BrokenPromiseError, World, demand, report, workplace
@@ -113,20 +117,24 @@ def at_step(world: World, name: str, at: int, when: str) -> Callable[..., int]:
 
 
 def at_random(world: World, most: int) -> Callable[..., int]:
-    """Kills several times, each time at another instant."""
+    """Kills several times, each time at another instant of what a whole run takes."""
 
     def disturb(*arguments: str, check: Callable[[], None]) -> int:
         kills = 0
         for _ in range(world.rng.randint(1, most)):
+            instant = world.rng.uniform(0.0, 1.1 * world.duration)
+            begin = time.monotonic()
             process = world.start(*arguments)
-            # The interpreter alone takes a quarter of a second; few kills should be wasted on it.
-            time.sleep(world.rng.uniform(0.2, 1.3))
+            if process.ended(instant):
+                # How long a whole run takes here depends on what else this machine does.
+                world.duration += (time.monotonic() - begin - world.duration) / 4
             process.kill()
-            process.communicate()
-            kills += process.returncode == _KILLED
+            killed = process.wait().code == _KILLED
+            kills += killed
             check()
-            if process.returncode != _KILLED:
+            if not killed:
                 break
+            world.duration = max(world.duration, instant)
         world.kills += kills
         return kills
 
@@ -185,16 +193,24 @@ def by_name(folder: Path, rng: random.Random, scenario: str, share: float) -> It
             yield f"{scenario}: {when} {name} #{at}{hit}"
 
 
-def randomly(folder: Path, rng: random.Random, count: int) -> int:
-    """Kill at so many random instants; gives the number of updates."""
+def randomly(folder: Path, rng: random.Random, count: int, **kind: bool) -> int:
+    """Kill at so many random instants; gives the number of updates.
+
+    Args:
+        folder: where this world lives.
+        rng: decides everything.
+        count: kills, at least.
+        kind: what this world has, and has not: see `World`.
+    """
     folder.mkdir()
     updates = 0
-    with World(folder, rng) as world:
+    with World(folder, rng, **kind) as world:
         story = Story(world)
         story.begin()
         story.update(lambda *_, **__: 0)
         while world.kills < count:
-            scenario = rng.choices(SCENARIOS[:3], (6, 2, 2))[0]
+            weights = (1, 0, 0) if world.in_place else (6, 2, 2)
+            scenario = rng.choices(SCENARIOS[:3], weights)[0]
             before = world.kills
             if scenario == "rollback" and not story.has_way_back:
                 scenario = "update"
@@ -204,7 +220,7 @@ def randomly(folder: Path, rng: random.Random, count: int) -> int:
                 raise BrokenPromiseError(f"{scenario}, kill {before}: {error}") from error
             updates += 1
             if updates % 50 == 0:
-                report(f"survived {world.kills} kills in {updates} updates")
+                report(f"{folder.name}: survived {world.kills} kills in {updates} updates")
             _forget_old_versions(world)
     return updates
 
@@ -216,36 +232,85 @@ def _forget_old_versions(world: World) -> None:
             world.versions[name].tree.clear()
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one process of the campaign does, in a world of its own."""
+
+    name: str
+    folder: Path
+    seed: str
+    share: float = 0.0
+    """Of the points by name of the scenario that it is named after."""
+    count: int = 0
+    """Kills at random instants."""
+    kind: tuple[tuple[str, bool], ...] = ()
+
+    def run(self) -> str:
+        rng = random.Random(self.seed)
+        if self.count:
+            updates = randomly(self.folder, rng, self.count, **dict(self.kind))
+            return f"survived {self.count} kills at random instants in {updates} updates"
+        survived = 0
+        for line in by_name(self.folder, rng, self.name, self.share):
+            report(line)
+            survived += "not reached" not in line
+        return f"survived {survived} kills at named steps"
+
+
+KINDS: tuple[dict[str, bool], ...] = ({}, {"drive": False}, {}, {"in_place": True})
+_KILLS = 250
+"""Of one world."""
+
+
+def parts(options: argparse.Namespace, folder: Path) -> Iterator[Part]:
+    """All of the campaign."""
+    for scenario in options.only or SCENARIOS:
+        seed = f"{options.seed} {scenario}"
+        yield Part(scenario, folder / scenario, seed, share=options.share)
+    for number, done in enumerate(range(0, options.count, _KILLS)):
+        name = f"random-{number}"
+        kind = tuple(KINDS[number % len(KINDS)].items())
+        count = min(_KILLS, options.count - done)
+        yield Part(name, folder / name, f"{options.seed} {name}", count=count, kind=kind)
+
+
+def _end_with_the_parent() -> None:
+    """However the campaign ends, its worlds end with it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=200, help="kills at random instants")
     parser.add_argument("--share", type=float, default=1.0, help="of the named points")
     parser.add_argument("--only", choices=SCENARIOS, action="append")
+    parser.add_argument("--jobs", type=int, default=2, help="worlds side by side")
     parser.add_argument("--keep", action="store_true", help="leave the folder of a failure")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    folder = workplace()
+    # What a kill leaves does not depend on the disk: the kernel has it already.
+    folder = workplace("/dev/shm" if Path("/dev/shm").is_dir() else None)
     begin = time.monotonic()
-    failed = True
-    try:
-        for scenario in options.only or SCENARIOS:
-            survived = 0
-            for line in by_name(folder / scenario, rng, scenario, options.share):
-                report(line)
-                survived += "not reached" not in line
-            report(f"{scenario}: survived {survived} kills at named steps")
-        if options.count:
-            updates = randomly(folder / "random", rng, options.count)
-            report(f"survived {options.count} kills at random instants in {updates} updates")
-        failed = False
-    finally:
-        if failed and options.keep:
-            report(f"what is left: {folder}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}")
-    return 0
+    failed: list[str] = []
+    with ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), initializer=_end_with_the_parent
+    ) as pool:
+        running = {pool.submit(part.run): part for part in parts(options, folder)}
+        for future in as_completed(running):
+            part = running[future]
+            try:
+                report(f"{part.name}: {future.result()}")
+            except BrokenPromiseError as error:
+                report(f"{part.name}: FAILED: {error}")
+                failed.append(part.name)
+                continue
+            shutil.rmtree(part.folder)
+    if failed and options.keep:
+        report(f"what is left: {folder}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}, failed: {failed or 'none'}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Runs the client, and stops or disturbs it at a named step, from the outside.
+"""Stops or disturbs the client at a named step, from the outside.
 
-    killer.py --trace FILE -- ARGUMENTS...
-    killer.py --kill NAME --at 0 --when before -- ARGUMENTS...
-    killer.py --no-sync -- ARGUMENTS...
+    --trace FILE
+    --kill NAME --at 0 --when before
+    --no-sync
 
 A step is a call that changes what is on a disk (rename, unlink, mkdir, fsync, ...) or starts a
 program. It is named by the function of the client that wants it: ``commit.exchange/renameat2``.
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,25 +83,18 @@ def take_out_the_syncs() -> None:
     syscalls.sync_file_system = lambda _path: None
 
 
-def main() -> int:
+def prepare(words: Sequence[str]) -> None:
+    """Make this process one that ends, or is traced, as the options say."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kill", metavar="NAME")
     parser.add_argument("--at", type=int, default=0)
     parser.add_argument("--when", choices=("before", "after"), default="before")
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--no-sync", action="store_true")
-    parser.add_argument("arguments", nargs="*")
-    options = parser.parse_args()
-    from casync_updater.cli.main import main as client  # noqa: PLC0415
-
+    options = parser.parse_args(words)
     if options.no_sync:
         take_out_the_syncs()
     if options.kill or options.trace:
         watch = Watch(options.kill, options.at, options.when, options.trace)
         threading.setprofile(watch.hook)
         sys.setprofile(watch.hook)
-    return client(options.arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

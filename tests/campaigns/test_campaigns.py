@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from campaigns import kill, power, server, space
+from campaigns import carry, kill, power, server, space
 from campaigns.world import BrokenPromiseError
 
 mounting = [
     pytest.mark.system,
-    pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems"),
+    # Root in a container mostly has no loop devices.
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not os.access("/dev/loop-control", os.W_OK),
+        reason="mounts file systems by loop devices",
+    ),
 ]
 recording = [
     *mounting,
@@ -35,6 +39,11 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 def test_a_server_that_fails(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
     assert server.campaign(tmp_path / "world", random.Random(5), 2)
+
+
+def test_a_drive_that_is_carried_around(tmp_path: Path) -> None:
+    lines = carry.campaign(tmp_path / "world", random.Random(2), 12)
+    assert sum("updated to" in line for line in lines) >= 2
 
 
 @pytest.mark.parametrize("marks", [pytest.param(None, marks=mounting)])

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from typing import Any
 
 import zstandard
 
+from campaigns.nursery import Forked, Nursery
 from casync_updater.formats import index as index_format
 from casync_updater.release import parse_release
 from casync_updater.trust import unwrap
 from support.client import Appliance, Site, digest_of, environment
 from support.webserver import WebServer
 
-KILLER = Path(__file__).with_name("killer.py")
 PRESERVED = ("var/data", "local.conf")
 CONNECTIONS = 2
 WINDOW = 4 * CONNECTIONS
@@ -96,10 +95,15 @@ class World:
     versions: dict[str, Version] = field(default_factory=dict)
     expected: list[str] = field(default_factory=list)
     """The lines that the actions must have written."""
+    forgetful: bool = False
+    """The results of actions may get lost."""
     kills: int = 0
+    duration: float = 0.5
+    """Seconds that a whole cycle takes here, about."""
 
     def __post_init__(self) -> None:
-        self.site = Site(self.folder / "publisher", version="0")
+        self.nursery = Nursery()
+        self.site = _Site(self.nursery, self.folder / "publisher")
         self.server = self.serve(self.site.root)
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir()
@@ -133,10 +137,12 @@ class World:
 
     def __enter__(self) -> "World":
         self.server.__enter__()
+        self.nursery.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.close()
+        self.nursery.__exit__(None, None, None)
 
     # What happens
 
@@ -180,33 +186,20 @@ class World:
         (tree / "var" / "data" / "file").write_text("the device's own")
         (tree / "local.conf").write_text("the device's own too")
 
-    def command(self, *arguments: str, killer: tuple[str, ...] = ()) -> list[str]:
+    def start(self, *arguments: str, killer: tuple[str, ...] = ()) -> Forked:
+        """A command of the client, which runs from now on."""
         argv = [str(argument) for argument in self.appliance.command(*arguments)]
-        if not killer:
-            return argv
         assert argv[1:3] == ["-m", "casync_updater"]
-        return [argv[0], str(KILLER), *killer, "--", *argv[3:]]
-
-    def start(self, *arguments: str, killer: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self.command(*arguments, killer=killer),
-            env=environment(self.appliance.environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        return self.nursery.start(argv[3:], environment(self.appliance.environment), killer=killer)
 
     def run(self, *arguments: str, killer: tuple[str, ...] = ()) -> tuple[int, str]:
         """A command to its end, or until it kills itself: exit code and everything it said."""
-        process = self.start(*arguments, killer=killer)
         try:
-            out, error = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            done = self.start(*arguments, killer=killer).wait()
+        except TimeoutError:
             raise BrokenPromiseError(f"{arguments} hangs") from None
-        self.kills += process.returncode == -signal.SIGKILL
-        return process.returncode, (out + error).decode(errors="replace")
+        self.kills += done.code == -signal.SIGKILL
+        return done.code, done.stdout + done.stderr
 
     def promise(self, old: str | None, new: str) -> None:
         """An update from one version to another was published: these actions have to run."""
@@ -309,12 +302,15 @@ class World:
         self.check_leftovers(keep)
 
     def check_log(self) -> None:
-        """Each action once. A health check that was cut off after its end may run again."""
+        """Each action once. A health check that was cut off after its end may run again.
+
+        Where the state's disk fails, so may an action whose end could not be written down.
+        """
         written = self.appliance.log()
         log = [
             line
             for number, line in enumerate(written)
-            if line != "health" or written[number - 1 : number] != ["health"]
+            if written[number - 1 : number] != [line] or not (line == "health" or self.forgetful)
         ]
         demand(
             log == self.expected,
@@ -376,6 +372,20 @@ class World:
         demand(found <= limit, f"{found} bytes were fetched, {need} needed, {kills} kills")
 
 
+class _Site(Site):
+    """A site whose publisher is forked as well."""
+
+    def __init__(self, nursery: Nursery, folder: Path) -> None:
+        super().__init__(folder)
+        self._nursery = nursery
+
+    def run_publisher(self, *arguments: str) -> str:
+        started = self._nursery.start(arguments, environment(), program="publisher")
+        done = started.wait()
+        assert done.code == 0, done.stderr
+        return done.stdout
+
+
 def _demand_names(folder: Path, wanted: set[str], *, allow_missing: bool = False) -> None:
     if allow_missing and not folder.exists():
         return
@@ -391,9 +401,9 @@ def _chunk_id(raw: bytes) -> str:
     return hashlib.new("sha512_256", data).hexdigest()
 
 
-def workplace() -> Path:
+def workplace(where: str | None = None) -> Path:
     """A folder for a campaign that is run by hand; the caller removes it."""
-    return Path(tempfile.mkdtemp(prefix="casync-updater-campaign-"))
+    return Path(tempfile.mkdtemp(prefix="casync-updater-campaign-", dir=where))
 
 
 def report(line: str) -> None:

@@ -92,9 +92,8 @@ class Target:
 
 
 def scratch() -> Path:
-    """A folder in memory of this process, for parsers that read files."""
-    shm = Path("/dev/shm")
-    path = Path(tempfile.gettempdir() if not shm.is_dir() else shm) / f"fuzz-{os.getpid()}"
+    """A folder of this process, for parsers that read files. Whoever runs targets removes it."""
+    path = Path(tempfile.gettempdir()) / f"fuzz-{os.getpid()}"
     path.mkdir(exist_ok=True)
     return path
 
@@ -372,7 +371,8 @@ def _record_of(stream: bytes, flags: int) -> record_format.Record:
 def split_signed(data: bytes) -> None:
     message = openpgp.split_clearsigned(data)
     if message is not None:
-        assert b"-----BEGIN" not in message.text.partition(b"\n")[0] or b"- -----" in data
+        assert message.text.endswith(b"\n") or not message.text
+        assert not any(line.endswith((b" ", b"\t")) for line in message.text.split(b"\n"))
         joined = openpgp.join_clearsigned([data, data])
         again = openpgp.split_clearsigned(joined)
         assert again is not None
@@ -650,9 +650,7 @@ TARGETS = {
     "mtree": Target(parse_mtree, mtree_seeds),
     "clearsigned": Target(split_signed, signed_seeds),
     "keyring": Target(openpgp.key_expiry, keyring_seeds),
-    "armor": Target(
-        lambda data: openpgp.dearmor(data, "PUBLIC KEY BLOCK"), lambda _folder: armored()
-    ),
+    "armor": Target(lambda data: openpgp.dearmor(data, "PUBLIC KEY BLOCK"), armored),
     "gpgv": Target(gpgv.parse_status, lambda _: (STATUS,), (gpgv.StatusError,)),
     "http": Target(ask_server, answer_seeds, (UpdaterError,)),
     "record": Target(load_record, record_seeds),

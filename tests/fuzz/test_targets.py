@@ -1,14 +1,22 @@
 """The short form of `make fuzz`: every seed is taken, and a few hundred neighbours do no harm."""
 
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fuzz.targets import SIZE, TARGETS
+from fuzz.targets import SIZE, TARGETS, scratch
 
 REFUSED_SEEDS = {"chunk", "decompress", "http"}
 """Targets with seeds that are wrong on purpose: a bomb, a busy server."""
+
+
+@pytest.fixture(autouse=True)
+def _tidy() -> Iterator[None]:
+    yield
+    shutil.rmtree(scratch())
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -5,8 +5,11 @@ the device runs exactly a tree that its publisher signed, and never an older one
 an attack can delay an update, and `status` shows what was refused.
 """
 
+import gzip
+import lzma
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +20,24 @@ import zstandard
 
 from casync_updater.formats import index as index_format
 from casync_updater.formats.store import path_of
+from casync_updater.model import Apply, TrustSettings
 from casync_updater.reports import CycleEnd
+from casync_updater.server.keygen import keygen
 from casync_updater.trust import unwrap
+from support.catar import (
+    DEVICE,
+    FCAPS,
+    FLAGS,
+    PAYLOAD,
+    SYMLINK,
+    XATTR,
+    entry,
+    file,
+    folder,
+    record,
+)
 from support.device import Device
-from support.signed import copy, location, release_of
+from support.signed import OWNER, copy, location, release_of
 from support.trees import snapshot
 from support.webserver import WebServer
 from support.world import World, archive_of, read_index, wrap_table
@@ -74,10 +91,10 @@ def refused(victim: Victim, tamper: Tamper, where: str, code: int) -> CycleEnd:
     assert end.exit == code, (end, victim.device.log)
     assert victim.has(1)
     assert end.message
-    if "refused" in end.message:
+    if code == 4:
         found = victim.device.state.refused
         assert found is not None
-        assert found.check in end.message
+        assert f"refused ({found.check})" in end.message or found.found == end.message
         assert str(victim.place) in found.source or "127.0.0.1" in found.source
     victim.device.source = location(victim.world.sites[3])
     victim.device.backup = None
@@ -142,7 +159,19 @@ def as_link(path: Path) -> None:
     path.symlink_to(moved)
 
 
-BOMB = zstandard.compress(bytes(64 << 20))
+ZEROS = bytes(64 << 20)
+BOMBS = {
+    "zstd": zstandard.compress(ZEROS),
+    "zstd that hides its size": zstandard.ZstdCompressor(write_content_size=False).compress(ZEROS),
+    "xz": lzma.compress(ZEROS, preset=1),
+    "gzip": gzip.compress(ZEROS, 1),
+}
+
+
+def enormous(path: Path) -> None:
+    """A terabyte that takes no room: whoever reads it is busy for hours."""
+    os.truncate(path, 1 << 40)
+
 
 both = pytest.mark.parametrize("where", ["online", "drive"])
 
@@ -182,11 +211,16 @@ class TestArbitrarySoftware:
             pytest.param(with_chunks(lambda p: p.write_bytes(p.read_bytes() + b"x")), id="longer"),
             pytest.param(with_chunks(lambda p: p.write_bytes(bytes(4 << 20))), id="oversized"),
             pytest.param(with_chunks(lambda p: p.write_bytes(b"")), id="empty"),
-            pytest.param(with_chunks(lambda p: p.write_bytes(BOMB)), id="bomb"),
         ],
     )
     def test_chunks(self, victim: Victim, where: str, tamper: Tamper) -> None:
         refused(victim, tamper, where, 4 if where == "online" else 1)
+
+    @both
+    @pytest.mark.parametrize("kind", BOMBS)
+    def test_decompression_bombs(self, victim: Victim, where: str, kind: str) -> None:
+        bomb = with_chunks(lambda path: path.write_bytes(BOMBS[kind]))
+        refused(victim, bomb, where, 4 if where == "online" else 1)
 
     @both
     def test_missing_chunks(self, victim: Victim, where: str) -> None:
@@ -197,6 +231,28 @@ class TestArbitrarySoftware:
         self, victim: Victim, change: Callable[[Path], object]
     ) -> None:
         refused(victim, with_chunks(change), "drive", 1)
+
+    @both
+    def test_what_is_demanded_of_all_is_demanded_of_each(
+        self, victim: Victim, world: World, where: str
+    ) -> None:
+        victim.device.keyring = None
+        victim.device.trust = TrustSettings(require=True, keyrings=victim.keyring)
+        refused(victim, with_body(unwrap), where, 4)
+
+    def test_a_vendors_keyring_leaves_other_entries_alone(
+        self, world: World, tmp_path: Path
+    ) -> None:
+        """Verified is what is signed; demanded is nothing of an entry that never had it."""
+        folder = tmp_path / "keyrings"
+        folder.mkdir()
+        shutil.copy(world.publisher.strangers.keyring, folder / "vendor.gpg")
+        device = Device(tmp_path / "device", location(world.unsigned[1]))
+        device.trust = TrustSettings(keyrings=folder)
+        assert device.cycle().exit == 0
+        device.source = location(world.unsigned[2])
+        end = device.cycle()
+        assert (end.exit, end.version) == (0, "2.0")
 
 
 class TestRollback:
@@ -252,19 +308,24 @@ class TestFreeze:
         date = float(int(time.time()) - 90_000)
         world.replace_release(place, date=date, valid_until=date + 3600)
 
+    @both
     @pytest.mark.parametrize(
-        ("now", "code", "version"),
+        ("now", "valid", "code", "version"),
         [
-            pytest.param(0.0, 0, 2, id="1970"),
-            pytest.param(2_208_988_800.0, 4, 1, id="2040"),
+            pytest.param(0.0, 30, 0, 2, id="1970"),
+            pytest.param(2_208_988_800.0, 30, 4, 1, id="2040"),
+            pytest.param(2_208_988_800.0, None, 0, 2, id="2040, without Valid-Until"),
         ],
     )
-    def test_clocks(self, victim: Victim, now: float, code: int, version: int) -> None:
+    def test_clocks(
+        self, victim: Victim, where: str, now: float, valid: int | None, code: int, version: int
+    ) -> None:
         """In 1970 freshness is unknown, and no reason to stay; in 2040 everything expired."""
-        date = release_of(victim.place).date
-        victim.world.replace_release(victim.place, valid_until=date + 30 * 86400.0)
+        until = None if valid is None else release_of(victim.place).date + valid * 86400.0
+        victim.world.replace_release(victim.place, valid_until=until)
         victim.device.clock.set(now)
-        assert victim.online().exit == code
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit == code
         assert victim.has(version)
 
     def test_the_clock_is_set_an_hour_after_boot(self, victim: Victim) -> None:
@@ -317,6 +378,27 @@ class TestMixAndMatch:
         assert victim.online().exit == 4
         assert victim.has(2)
 
+    @both
+    @pytest.mark.parametrize("broken", [False, True])
+    def test_equal_serial_of_what_was_only_accepted(
+        self, victim: Victim, world: World, where: str, broken: bool
+    ) -> None:
+        """Version 2 was accepted, could not be fetched, and is kept nowhere."""
+        serial = release_of(victim.place).serial
+        with_chunks(Path.unlink)(world, victim.place)
+        assert victim.online().exit == 3
+        if broken:
+            (victim.device.folder / "state" / "tree" / "state.json").write_text("{")
+        victim.place = copy(world.sites[3], victim.folder / "other")
+        world.replace_release(victim.place, serial=serial)
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit == 4
+        assert "refused (serial)" in end.message
+        assert victim.has(1)
+        victim.device.source = location(world.sites[2])
+        assert victim.device.cycle().exit == 0
+        assert victim.has(2)
+
     def test_a_manifest_of_something_else_adopts_nothing(
         self, victim: Victim, world: World, tmp_path: Path
     ) -> None:
@@ -346,21 +428,56 @@ class TestWrongSoftware:
 class TestEndlessData:
     """No source decides how much is read, written or waited for."""
 
-    @both
-    def test_an_endless_release(self, victim: Victim, where: str) -> None:
+    @pytest.mark.parametrize("name", ["*.release", "*.caidx", "*.cacnk"])
+    def test_an_endless_answer(self, victim: Victim, name: str) -> None:
+        """Without Content-Length; it is left where it is too long."""
+        with WebServer(victim.place) as server:
+            server.fail(name, body=bytes(1 << 16), endless=True)
+            server.fail("/by-hash/*", status=404)
+            victim.device.source = location(server.url)
+            end = victim.device.cycle()
+            sent = max(request.sent for request in server.requests)
+        assert end.exit == 4, end
+        assert sent < 16 << 20, "what the sockets hold, and no more"
+        assert victim.has(1)
+        assert victim.device.state.refused is not None
+
+    @pytest.mark.parametrize("name", ["*.release", "*.caidx", "*.cacnk"])
+    def test_an_answer_that_unpacks_to_much(self, victim: Victim, name: str) -> None:
+        with WebServer(victim.place) as server:
+            server.fail(name, body=BOMBS["gzip"], headers={"Content-Encoding": "gzip"})
+            server.fail("/by-hash/*", status=404)
+            victim.device.source = location(server.url)
+            assert victim.device.cycle().exit == 4
+        assert victim.has(1)
+
+    @pytest.mark.parametrize(
+        ("name", "code"),
+        [
+            ("tree.caidx.release", 4),
+            ("by-hash/SHA256/*", 1),
+            ("store.castr/*/*", 1),
+        ],
+    )
+    def test_endless_files_on_a_drive(self, victim: Victim, name: str, code: int) -> None:
         def tamper(_world: World, place: Path) -> None:
-            (place / "tree.caidx.release").write_bytes(bytes(8 << 20))
+            for path in place.glob(name):
+                enormous(path)
+            if "by-hash" in name:
+                enormous(place / "tree.caidx")
 
-        refused(victim, tamper, where, 4)
+        refused(victim, tamper, "drive", code)
 
-    def test_a_byte_a_minute(self, victim: Victim) -> None:
+    @pytest.mark.parametrize("name", ["*.release", "*.caidx", "*.cacnk"])
+    def test_a_byte_a_minute(self, victim: Victim, name: str) -> None:
         begin = time.monotonic()
         with WebServer(victim.place) as server:
-            server.fail("*.cacnk", drip=0.4)
+            server.fail(name, drip=0.4)
+            server.fail("/by-hash/*", drip=0.4)
             victim.device.source = location(server.url)
             victim.device.fetch = replace(victim.device.fetch, min_rate=1000, connections=2)
             assert victim.device.cycle().exit == 3
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < 60
         assert victim.has(1)
 
     @both
@@ -395,6 +512,40 @@ class TestEndlessData:
 
         end = refused(victim, tamper, "online", 1)
         assert "make room" in end.message
+
+
+def _device(mode: int) -> bytes:
+    return entry(mode) + struct.pack("<QQQQ", 32, DEVICE, 1, 3)
+
+
+def _link(target: bytes) -> bytes:
+    return entry(0o120777) + record(SYMLINK, target + b"\0")
+
+
+HOSTILE: dict[str, Callable[[bytes], bytes]] = {
+    "a file through a link": lambda out: folder((b"cc", _link(out)), (b"cc/file", file(b"evil"))),
+    "a folder in place of a link": lambda out: folder(
+        (b"cc", _link(out)), (b"cc", folder((b"file", file(b"evil"))))
+    ),
+    "a link in place of a folder": lambda out: folder(
+        (b"cc", folder((b"a", file()))), (b"cc", _link(out))
+    ),
+    "a name that climbs": lambda _out: folder((b"../../../outside/file", file(b"evil"))),
+    "an absolute name": lambda out: folder((out + b"/file", file(b"evil"))),
+    "a character device": lambda _out: folder((b"null", _device(0o020666))),
+    "a block device": lambda _out: folder((b"disk", _device(0o060666))),
+    "a fifo": lambda _out: folder((b"fifo", entry(0o010644))),
+    "a socket": lambda _out: folder((b"socket", entry(0o140755))),
+    "an owner": lambda _out: folder((b"file", file(uid=1000))),
+    "capabilities": lambda _out: folder((b"file", file(extra=record(FCAPS, bytes(20))))),
+    "an attribute": lambda _out: folder((b"file", file(extra=record(XATTR, b"user.a\0b")))),
+    "a file of exabytes": lambda _out: folder(
+        (b"file", entry(0o100644) + struct.pack("<QQ", 1 << 62, PAYLOAD))
+    ),
+    "a root that is no folder": lambda _out: file(),
+    "something after the root": lambda _out: folder() + folder((b"file", file())),
+}
+"""Streams that no casync writes; each gets the path of a folder that it may try to reach."""
 
 
 def hostile(world: World, place: Path, old: bytes, new: bytes) -> None:
@@ -438,6 +589,75 @@ class TestHostileArchives:
             if b".casync-updater" not in name
         } == {name: node for name, node in outside.items() if b".casync-updater" not in name}
 
+    @both
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_nodes(self, victim: Victim, where: str, kind: str) -> None:
+        code = 4 if where == "online" else 1
+        outside, before = self._outside(victim)
+        refused(victim, self._publish(kind, outside), where, code)
+        assert snapshot(outside) == before
+
+    @both
+    @pytest.mark.parametrize("kind", HOSTILE)
+    def test_nodes_in_place(self, victim: Victim, where: str, kind: str) -> None:
+        """casync writes while it reads, so the destination may be left unfinished, but no more."""
+        victim.device.options = {"apply": Apply.IN_PLACE}
+        outside, before = self._outside(victim)
+        self._publish(kind, outside)(victim.world, victim.place)
+        end = victim.online() if where == "online" else victim.with_drive()
+        assert end.exit in (1, 4)
+        assert snapshot(outside) == before
+        victim.device.source, victim.device.backup = location(victim.world.sites[3]), None
+        assert victim.device.cycle().exit == 0, victim.device.log
+        assert victim.has(3)
+
+    def _outside(self, victim: Victim) -> tuple[Path, object]:
+        outside = victim.folder / "outside"
+        outside.mkdir()
+        (outside / "file").write_text("precious")
+        return outside, snapshot(outside)
+
+    def _publish(self, kind: str, outside: Path) -> Tamper:
+        stream = HOSTILE[kind](os.fsencode(outside))
+        return lambda world, place: world.publish_stream(place, stream)
+
+    @both
+    @pytest.mark.parametrize("apply", Apply)
+    def test_setuid_that_the_features_forbid(
+        self, victim: Victim, where: str, apply: Apply
+    ) -> None:
+        flags = FLAGS & ~(1 << index_format.FEATURES.index("permissions"))
+        stream = folder((b"tool", file(mode=0o106777, flags=flags)), mode=0o42777, flags=flags)
+        victim.world.publish_stream(victim.place, stream, flags)
+        victim.device.options = {"apply": apply}
+        end = victim.online() if where == "online" else victim.with_drive()
+        tool = victim.device.destination / "tool"
+        assert end.exit == 0 or not tool.exists()
+        assert end.exit == 0 or victim.has(1)
+        assert not victim.device.destination.stat().st_mode & 0o7022
+        assert not tool.exists() or not tool.stat().st_mode & 0o7022
+
+
+class TestExtraneousDependencies:
+    """There are none: a release is about one archive, and what else it names is never fetched."""
+
+    @both
+    def test_more_files(self, victim: Victim, where: str) -> None:
+        more = f" {'ab' * 32} 12 run-me.sh\n"
+        text = unwrap(body_of(victim.place)).decode() + more
+        text = text.replace("Index:", "Depends: other (>= 2)\nIndex:")
+        body = victim.world.publisher.sign(text.encode())
+        (victim.place / "tree.caidx.release").write_bytes(body)
+        if where == "drive":
+            assert victim.with_drive().exit == 0
+        else:
+            with WebServer(victim.place) as server:
+                victim.device.source = location(server.url)
+                assert victim.device.cycle().exit == 0
+                assert not server.paths("*abab*")
+                assert not server.paths("*run-me*")
+        assert victim.has(2)
+
 
 class TestKeyCompromise:
     """With two keys in the keyring, one that is lost is dropped without visiting a device."""
@@ -457,6 +677,47 @@ class TestKeyCompromise:
         (victim.place / "tree.caidx.release").write_bytes(body)
         assert victim.online().exit == 0
         assert victim.has(2)
+
+    def test_a_thief_who_signs_the_far_future(self, victim: Victim, world: World) -> None:
+        """It locks the publisher out; without its state, a device recognises what it has."""
+        date = 2_208_988_800.0
+        world.replace_release(victim.place, serial=int(date), date=date, valid_until=None)
+        assert victim.online().exit == 0
+        victim.device.source = location(world.sites[3])
+        end = victim.device.cycle()
+        assert "stale" in end.message
+        assert victim.has(2)
+        shutil.rmtree(victim.device.folder / "state" / "tree")
+        victim.device.source = location(world.sites[3])
+        assert victim.device.cycle().exit == 0
+        assert victim.has(3)
+
+    @both
+    def test_keys_are_changed_without_a_gap(
+        self, victim: Victim, world: World, tmp_path: Path, where: str
+    ) -> None:
+        """Both signatures side by side, then the new keyring on devices, then one signature."""
+        publisher, new = world.publisher, keygen(tmp_path / "new", OWNER, passphrase=None)
+        late = Device(tmp_path / "late", location(world.sites[1]), keyring=victim.keyring)
+        assert late.cycle().exit == 0
+
+        def meets(device: Device) -> int:
+            place = location(site)
+            device.source = place if where == "online" else location("/nowhere")
+            device.backup = None if where == "online" else place
+            return device.cycle().exit
+
+        site = copy(world.sites[2], tmp_path / "site")
+        publisher.publish(site, world.trees[2], version="2.0", also=[new])
+        assert meets(victim.device) == 0
+        victim.device.keyring = new.keyring
+        publisher.publish(site, world.trees[3], version="3.0", keys=new)
+        assert meets(victim.device) == 0
+        assert victim.has(3)
+        assert meets(late) == 4
+        late.keyring = new.keyring
+        assert meets(late) == 0, "a device that missed it all needs the keyring and nothing else"
+        assert snapshot(late.destination) == world.snapshots[3]
 
     @both
     def test_a_signature_is_needed_once_one_was_accepted(self, victim: Victim, where: str) -> None:

@@ -1,4 +1,4 @@
-"""What the shell offers after Tab, asked as bash asks."""
+"""What the shell offers after Tab, asked as bash asks, and the manual: both know every option."""
 
 import re
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from casync_updater.config.settings import KEYS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "debian/completion"
@@ -92,3 +94,59 @@ def test_manual_and_completion_know_every_command_and_option(tmp_path: Path) -> 
         options |= after
     for option in options:
         assert f"Fl {option.removeprefix('-')}" in manual or f", {option[1:]}" in manual, option
+
+
+def synopsis(page: str) -> list[str]:
+    """The lines of a manual page's synopsis, each whole, as people read it."""
+    text = rendered(page)
+    lines = text.split("\nSYNOPSIS\n")[1].split("\n\n")[0].splitlines()
+    return [" ".join(line.split()) for line in lines]
+
+
+def rendered(page: str) -> str:
+    done = subprocess.run(
+        ["man", "-l", "--warnings", str(FOLDER.parent / "man" / page)],
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "MANWIDTH": "200", "MANPAGER": "cat"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "", done.stderr
+    return done.stdout
+
+
+def test_the_synopsis_has_every_option_where_it_works() -> None:
+    shown = {}
+    for line in synopsis("casync-updater.1"):
+        words = line.removeprefix("casync-updater [options] ").split()
+        for command in [words[0], *words[2:3]] if "|" in words else words[:1]:
+            shown[command] = set(re.findall(r"--\w[\w-]*", line))
+    commands, _ = listed()
+    assert shown == {command: listed(command)[1] - {"--help", "--config"} for command in commands}
+
+
+def test_the_publishers_synopsis_is_its_usage() -> None:
+    usage = subprocess.run(
+        [sys.executable, "-m", "casync_updater.server", "--help"],
+        env={"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n\n")[0]
+    lines = usage.removeprefix("usage: ").splitlines()
+    assert synopsis("casync-updater-server.1") == [" ".join(line.split()) for line in lines]
+
+
+def test_the_manual_knows_every_setting() -> None:
+    text = rendered("casync-updater.conf.5").partition("\nSECTIONS\n")[2]
+    sections = re.split(r"\[(\w+)\]", text)[1:]
+    described = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert set(described) == set(KEYS)
+    for section, keys in KEYS.items():
+        missing = {key for key in keys if not re.search(rf"\b{key}\b", described[section])}
+        assert not missing, (section, missing)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (FOLDER.parent / "man").iterdir()))
+def test_manual_pages_have_no_mistakes(page: str) -> None:
+    assert "NAME" in rendered(page)

@@ -79,7 +79,7 @@ class Lab:
         assert done.bytes_fetched == sum(ref.size for ref in self.chunks.streamed) + sum(
             ref.size for ref in self.chunks.single
         )
-        done.record.save(self.base / "record")
+        (self.base / "record").write_bytes(b"".join(done.record.packed()))
         loaded = load(self.base / "record")
         assert loaded is not None
         if remove_old and self.installed is not None:

@@ -15,7 +15,7 @@ import pytest
 
 from casync_updater.errors import LocalError
 from casync_updater.formats import index as index_format
-from casync_updater.model import FileRef, Mtimes, Publication, Release
+from casync_updater.model import Compression, FileRef, Mtimes, Publication, Release
 from casync_updater.release import format_release, parse_release
 from casync_updater.server import record
 from casync_updater.server.places import locked
@@ -170,6 +170,44 @@ def test_a_new_version(bench: Bench) -> None:
     assert 0 < second.usage.chunks_new < second.usage.chunks_total
     assert (bench.site / "by-hash/SHA256" / first.index.sha256).exists()
     bench.check()
+
+
+def test_chunks_are_smaller_than_those_of_casync(bench: Bench, tmp_path: Path) -> None:
+    """And nobody who reads them sees a difference: `Bench.check` has casync read them."""
+    words = Path("/usr/lib/python3/dist-packages/zstandard/__init__.py").read_bytes()
+    (bench.source / "text").write_bytes(words * 20)
+    own = tmp_path / "own.castr"
+    features = ("--with=permissions", "--with=symlinks", "--with=sec-time")
+    index = tmp_path / "own.caidx"
+    bench.output("casync", "make", f"--store={own}", *features, index, bench.source)
+    before = chunks(own)
+    result = bench.publish()
+    after = chunks(bench.store)
+    assert after.keys() == before.keys()
+    assert all(after[name] <= size for name, size in before.items())
+    assert sum(after.values()) < sum(before.values())
+    assert result.usage.bytes_total == sum(after.values())
+    bench.check()
+
+
+def test_only_new_chunks_are_compressed_again(bench: Bench) -> None:
+    bench.publish()
+    known = {path: path.stat().st_ino for path in bench.store.rglob("*.cacnk")}
+    bench.change(5)
+    assert bench.publish().usage.chunks_new > 0
+    assert {path: path.stat().st_ino for path in known} == known
+
+
+def test_another_compression_is_left_alone(bench: Bench) -> None:
+    bench.publish(compression=Compression.XZ)
+    magics = {path.read_bytes()[:6] for path in bench.store.rglob("*.cacnk")}
+    assert magics == {b"\xfd7zXZ\0"}
+    bench.check()
+
+
+def chunks(store: Path) -> dict[str, int]:
+    """The sizes of a store's files."""
+    return {path.name: path.stat().st_size for path in store.rglob("*.cacnk")}
 
 
 @pytest.mark.parametrize("mtree", [True, False])

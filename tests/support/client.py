@@ -108,9 +108,14 @@ class Site:
         paths = {"index": self.index, "store": self.store, "source": self.source}
         entry = {**{key: str(path) for key, path in paths.items()}, **self.keys, **keys}
         config.write_text(json.dumps(entry))
-        done = run(sys.executable, "-m", "casync_updater.server", "--json", config)
-        outcome: dict[str, Any] = done.json["entries"][0]
-        return outcome
+        outcome: dict[str, Any] = json.loads(self.run_publisher("--json", str(config)))
+        entry = outcome["entries"][0]
+        assert isinstance(entry, dict)
+        return entry
+
+    def run_publisher(self, *arguments: str) -> str:
+        """Run the publisher; gives what it prints."""
+        return run(sys.executable, "-m", "casync_updater.server", *arguments).stdout
 
     def publish_legacy(
         self, *, cks: bool = True, manifest: bool = True, options: tuple[str, ...] = ()

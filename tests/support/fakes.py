@@ -87,6 +87,7 @@ class FakeSource:
     hashed: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     received: int = 0
+    round_trip: float = 0.0
 
     def document(
         self, suffix: str, *, limit: int, known: Validators | None = None

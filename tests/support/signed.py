@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class Publisher:
         *,
         project: str = "tree",
         keys: KeySet | None = None,
+        also: Sequence[KeySet] = (),
         signed: bool = True,
         valid_for: float | None = None,
         version: str | None = None,
@@ -85,7 +87,7 @@ class Publisher:
             source=source,
             project=project,
             version=version,
-            sign_keys=(str(keys.working),) if signed else (),
+            sign_keys=tuple(str(one.working) for one in (keys, *also)) if signed else (),
             valid_for=valid_for,
             chunk_size="1024:4096:16384",
         )

@@ -86,6 +86,7 @@ class _Fault:
     corrupt: bool
     reset: bool
     chunked: bool
+    endless: bool
     seen: int = 0
 
     def strikes(self, path: str) -> bool:
@@ -293,6 +294,7 @@ class WebServer(_Listening):
         corrupt: bool = False,
         reset: bool = False,
         chunked: bool = False,
+        endless: bool = False,
     ) -> None:
         """Let requests whose path matches go wrong; the newest fault that matches counts.
 
@@ -315,6 +317,7 @@ class WebServer(_Listening):
             corrupt: the byte in the middle of the body is another one.
             reset: the connection is reset (RST) without an answer.
             chunked: the body comes with chunked transfer encoding, without Content-Length.
+            endless: the same, and it begins again at its end, until the client leaves.
         """
         given = dict(headers or {})
         if retry_after is not None:
@@ -329,7 +332,7 @@ class WebServer(_Listening):
             status = status or 200
         fault = _Fault(
             pattern, times, skip, every, status, given, body, cut, stall, silent, drip, delay,
-            corrupt, reset, chunked,
+            corrupt, reset, chunked or endless, endless,
         )  # fmt: skip
         with self._lock:
             self._faults.insert(0, fault)
@@ -358,6 +361,8 @@ class WebServer(_Listening):
             return _Answer(401, {"WWW-Authenticate": 'Basic realm="updates"'}, b"who are you?\n")
         path = self.root / os.path.normpath(request.path).lstrip("/")
         try:
+            if not path.is_file():  # Whoever opens a FIFO waits for ever.
+                raise FileNotFoundError(path)
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 body = file.read()
@@ -488,6 +493,8 @@ class _SiteHandler(BaseHTTPRequestHandler):
                     break
         elif end:
             yield body[:end]
+            while fault is not None and fault.endless and not self.server.closing.is_set():
+                yield body
         if fault is not None and fault.stall is not None:
             self.wfile.flush()
             self._wait_for_the_end()

@@ -64,9 +64,11 @@ class World:
         body = self.publisher.sign(format_release(release).encode())
         (place / "tree.caidx.release").write_bytes(body)
 
-    def publish_stream(self, place: Path, stream: bytes) -> None:
+    def publish_stream(self, place: Path, stream: bytes, flags: int | None = None) -> None:
         """Publish any bytes as an archive, signed: a publisher's key in the wrong hands."""
-        index = make_index(stream, index_format.parse(read_index(place), "site").flags)
+        if flags is None:
+            flags = index_format.parse(read_index(place), "site").flags
+        index = make_index(stream, flags)
         store_chunks(place / "store.castr", index, stream)
         self.publish_index(
             place, index, len(stream), index_format.parse(index, "").chunk_id(stream)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from system.nspawn import CACHE, Archive, Machine
+from system.vm import VirtualMachine
 
 SOURCE = Path(__file__).parents[2]
 _FORWARDED = ("If-Modified-Since", "Range", "If-Range")
@@ -38,7 +39,7 @@ def build(target: Path, *, version: str | None = None, umask: int = 0o022) -> li
     tree = target / "source"
     ignored = shutil.ignore_patterns(".*_cache", "__pycache__", "*.egg-info")
     for name in ("conf", "debian", "src", "tests"):
-        shutil.copytree(SOURCE / name, tree / name, ignore=ignored)
+        shutil.copytree(SOURCE / name, tree / name, ignore=ignored, symlinks=True)
     for name in ("LICENSE", "pyproject.toml"):
         shutil.copy2(SOURCE / name, tree)
     if version is not None:
@@ -89,6 +90,7 @@ class Repository:
     Attributes:
         folder: what a web server serves.
         keyring: the public key, for ``Signed-By``.
+        armored: the same as text.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,6 +103,7 @@ class Repository:
         with _gnupg() as gpg:
             _run(*gpg, "--passphrase", "", "--quick-gen-key", "Test <t@example.org>", "ed25519")
             _run(*gpg, "--output", str(self.keyring), "--export")
+            self.armored = _run(*gpg, "--armor", "--export").decode()
             _run(*gpg, "--output", str(self._secret), "--export-secret-keys")
 
     def publish(self, packages: Iterable[Path]) -> None:
@@ -127,7 +130,7 @@ class Repository:
             _run(*gpg, "--clearsign", "--output", str(dist / "InRelease"), release.name)
 
 
-def configure_apt(machine: Machine, server: str, repository: Repository) -> None:
+def configure_apt(machine: Machine | VirtualMachine, server: str, repository: Repository) -> None:
     """Let a machine install from a server that `serve_packages` started."""
     lines = Archive(f"{server}/debian", f"{server}/security").sources(machine.release)
     if Archive.of_this_machine().security is None:
@@ -137,7 +140,7 @@ def configure_apt(machine: Machine, server: str, repository: Repository) -> None
         "etc/apt/sources.list.d/local.list",
         f"deb [signed-by=/usr/share/keyrings/local.gpg] {server}/local local main\n",
     )
-    shutil.copy(repository.keyring, machine.root / "usr/share/keyrings/local.gpg")
+    machine.write("usr/share/keyrings/local.gpg", repository.keyring.read_bytes())
 
 
 def serve_packages(address: str, repository: Repository) -> contextlib.AbstractContextManager[str]:

@@ -3,11 +3,12 @@
 import errno
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from casync_updater.files import sync_folder, write_atomic
+from casync_updater.files import sync_folder, write_atomic, write_together
 from casync_updater.syscalls import (
     NO_EXCHANGE,
     exchange,
@@ -25,6 +26,28 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert file.read_bytes() == b"new"
     assert file.stat().st_mode & 0o7777 == 0o600
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_several_files_are_replaced(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"old")
+    write_together({one: (b"n", b"ew"), two: iter((b"2",))})
+    assert (one.read_bytes(), two.read_bytes()) == (b"new", b"2")
+    assert sorted(tmp_path.iterdir()) == [one, two]
+
+
+def test_none_is_replaced_where_one_of_several_fails(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"old")
+
+    def broken() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        write_together({one: (b"new",), two: broken()})
+    assert one.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [one]
 
 
 def test_a_link_is_replaced_itself(tmp_path: Path) -> None:

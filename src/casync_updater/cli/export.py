@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from casync_updater.cli.single import add_name_parser, held
+from casync_updater.cli.single import add_name_parser, held, left_to_the_holder
 from casync_updater.errors import LocalError
 from casync_updater.model import Entry, Location
 
@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     disk below its mount point.
     """
     folder: Path = arguments.folder.absolute()
+    if left_to_the_holder(arguments, lambda _folder: ("export", str(folder))):
+        return 0
     with held(arguments) as (entry, cycle):
         try:
             folder.mkdir(exist_ok=True)

@@ -80,7 +80,11 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         ),
     },
     "fetch": {
-        "connections": Key("whole(1, 64)", "Connections per entry that fetch chunks side by side."),
+        "connections": Key(
+            "whole(1, 64)",
+            "The most connections per entry that fetch chunks side by side; 8 are used, and more"
+            " where the server is far.",
+        ),
         "connect_timeout": Key(_SECONDS, "Seconds that setting up a connection may take."),
         "read_timeout": Key(_SECONDS, "Seconds without a byte after which a request is given up."),
         "min_rate": Key("whole(1, 1000000000)", "Bytes per second below which a request stalls."),

@@ -230,7 +230,10 @@ class Checker:
         same = installed is not None and installed.digest == release.digest
         bad = any(release.digest == one.digest for one in self.state.bad)
         now = self._now()
-        if not same and not bad and freshness(release, now) is Freshness.EXPIRED:
+        fresh = freshness(release, now)
+        if fresh is Freshness.UNKNOWN:
+            candidate = _doubted(candidate, release, now)
+        if not same and not bad and fresh is Freshness.EXPIRED:
             raise TrustError(
                 "expiry",
                 expected=f"a release that is still valid on {_date(now.time)}",
@@ -316,6 +319,15 @@ def _candidate(origin: Origin, source: Source, vouched: Vouched) -> Candidate:
         vouched.where,
         vouched.remark,
     )
+
+
+def _doubted(candidate: Candidate, release: Release, now: BestClock) -> Candidate:
+    """A candidate that may have expired, with a word on why nobody knows."""
+    doubt = (
+        f"whether it is still valid (Valid-Until {_date(release.valid_until)}) is not known, since"
+        f" the system clock shows a time before {_date(now.time)}"
+    )
+    return replace(candidate, remark="; ".join(filter(None, (candidate.remark, doubt))))
 
 
 def _place(candidate: Candidate) -> tuple[int, float]:

@@ -21,6 +21,7 @@ from casync_updater.cycle.tree import holds, obstacle
 from casync_updater.cycle.values import Verified
 from casync_updater.errors import ContentError, LocalError
 from casync_updater.files import sync_folder
+from casync_updater.formats.record import Record
 from casync_updater.model import Apply, Entry, Identity, Installed
 from casync_updater.state import (
     Intent,
@@ -89,11 +90,10 @@ def commit(
             installed,
             plan.offer.index_bytes,
             plan.offer.candidate.text,
-            zstandard.compress(verified.manifest) if verified.manifest else None,
+            _knowledge(verified),
             signed=plan.offer.candidate.signed,
         )
         if verified.staged.built is not None:
-            verified.staged.built.record.save(folder.record(installed))
             # Nothing has touched the inodes of the new tree since they were recorded.
             state = replace(state, windows=())
         syscalls.sync_file_system(verified.staged.tree)
@@ -114,6 +114,13 @@ def commit(
     state = replace(state, last_verify=now)
     folder.save(state)
     return state
+
+
+def _knowledge(verified: Verified) -> Record | bytes | None:
+    """What is kept of a version beside its index: a record where there is one."""
+    if verified.staged.built is not None:
+        return verified.staged.built.record
+    return zstandard.compress(verified.manifest) if verified.manifest else None
 
 
 def exchange(

@@ -8,7 +8,7 @@ may be left anywhere and start again. Atomic is commit. Durable are act and the 
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import zstandard
@@ -16,15 +16,24 @@ import zstandard
 from casync_updater import trust
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.builders.casync import CasyncBuilder
-from casync_updater.cycle.builders.extractor import ExtractBuilder
+from casync_updater.cycle.builders.extractor import ExtractBuilder, leftover_files
 from casync_updater.cycle.check import load
+from casync_updater.cycle.demands import Demands
 from casync_updater.cycle.extract import supported
-from casync_updater.cycle.mirror import Condition, Mirror, present
+from casync_updater.cycle.mirror import Condition, Mirror, is_read_only, present
 from casync_updater.cycle.plan import plan
 from casync_updater.cycle.record import kept_index, kept_nodes
 from casync_updater.cycle.selfupdate import SelfUpdate
 from casync_updater.cycle.session import Session
-from casync_updater.cycle.staging import Site, garbage, identity, remove, survey
+from casync_updater.cycle.staging import (
+    Site,
+    garbage,
+    identity,
+    make_staging,
+    remove,
+    survey,
+    try_exchange,
+)
 from casync_updater.cycle.stop import StoppedError
 from casync_updater.cycle.tree import archive_digest, differences
 from casync_updater.cycle.values import Builder, Candidate, Checked, Newer, Offer, Plan, UpToDate
@@ -33,6 +42,7 @@ from casync_updater.errors import (
     ContentError,
     LocalError,
     MissingError,
+    SpaceError,
     TrustError,
     UpdaterError,
     exit_code,
@@ -48,7 +58,7 @@ from casync_updater.model import (
 )
 from casync_updater.release import parse_release
 from casync_updater.reports import CycleEnd, Outcome
-from casync_updater.sources.base import shown
+from casync_updater.sources.base import Source, shown
 from casync_updater.state import Bad, State, UnrecordedError
 from casync_updater.tools import casync
 from casync_updater.tools.inhibitor import shutdown_inhibited
@@ -100,14 +110,19 @@ class Cycle(Session):
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
         before = self._state
-        checked = self.check(accept_legacy=accept_legacy)
+        try:
+            checked = self.check(accept_legacy=accept_legacy)
+        except UpdaterError:
+            # A drive that is empty or damaged can be mended here all the same.
+            self._mirror(site, self._checker().demands(), ())
+            raise
         self._keep_accepted(before, checked.outcome.candidate)
         if self._entry.self_update:
             self._own_upgrade.checked(self._outside.clock.boot_id())
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
-        if outcome.candidate.remark:
+        if outcome.candidate.remark not in ("", self._state.last_error):
             self._log.warning("%s: %s", outcome.candidate.where, outcome.candidate.remark)
         with _blamed(outcome.candidate.origin):
             offer = self._offer(site, checked, reason)
@@ -115,19 +130,20 @@ class Cycle(Session):
             assert isinstance(outcome, UpToDate)
             self._renew(outcome.candidate)
             self._note(checked)
-            self._mirror(site, checked)
+            self._mirror(site, checked.demands, checked.answered)
             self._prepare_own_upgrade(site)
             return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
         if self._adopt(site, offer):
             self._note(checked)
-            self._mirror(site, checked)
+            self._mirror(site, checked.demands, checked.answered)
             self._prepare_own_upgrade(site)
             return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
         with _blamed(offer.candidate.origin):
-            commands = self._installed_somehow(site, offer, checked, reason)
+            commands = self._installed_somehow(offer, checked, reason)
+        site = survey(self._entry, self._state.no_exchange)
         self._note(checked)
         self._prove(site)
-        self._mirror(site, checked)
+        self._mirror(site, checked.demands, checked.answered)
         self._prepare_own_upgrade(site)
         return self._end(
             Outcome.UPDATED,
@@ -138,18 +154,31 @@ class Cycle(Session):
             commands,
         )
 
-    def _installed_somehow(
-        self, site: Site, offer: Offer, checked: Checked, reason: Reason
-    ) -> tuple[str, ...]:
-        """Install with one exchange, or in place where that is found not to work."""
+    def _installed_somehow(self, offer: Offer, checked: Checked, reason: Reason) -> tuple[str, ...]:
+        """Install with one exchange, or in place where that is found not to work.
+
+        That is tried before anything is fetched; the answer may have changed since the last time.
+        """
+        site = self._tried()
         try:
             return self._install(site, offer, checked, reason)
         except commit.NoExchangeError as error:
-            self._state = replace(self._state, no_exchange=str(error))
-            self._folder.save(self._state)
-            site = survey(self._entry, self._state.no_exchange)
             self._log.warning("%s: updating in place, which is not atomic", error)
-            return self._install(site, offer, checked, reason)
+            return self._install(self._without_exchange(str(error)), offer, checked, reason)
+
+    def _tried(self) -> Site:
+        """The destination's place, after trying whether an exchange can work there."""
+        site = survey(self._entry, None)
+        if site.apply is Apply.ATOMIC and site.destination.is_dir():
+            make_staging(site)
+        return self._without_exchange(try_exchange(site, site.staging / "try"))
+
+    def _without_exchange(self, why: str | None) -> Site:
+        """Remember why an exchange does not work, for `status` and the next start."""
+        if why != self._state.no_exchange:
+            self._state = replace(self._state, no_exchange=why)
+            self._folder.save(self._state)
+        return survey(self._entry, why)
 
     def _keep_accepted(self, before: State, candidate: Candidate) -> None:
         """Keep what raised a mark, so that no broken state file lets anything older in."""
@@ -303,15 +332,7 @@ class Cycle(Session):
         version = offer.candidate.version
         self._monitor.step(Step.PLAN, version)
         with contextlib.ExitStack() as shield, contextlib.ExitStack() as stack:
-            planned = plan(
-                offer,
-                site,
-                self._state,
-                self._folder,
-                spool=self._spool,
-                preserve=self._entry.preserve,
-                stack=stack,
-            )
+            planned = self._planned(site, offer, stack)
             if site.why is not None:
                 self._log.warning(
                     "%s is updated in place, which is not atomic: %s", site.destination, site.why
@@ -360,6 +381,42 @@ class Cycle(Session):
             len(verified.changes.removed),
         )
         return self._act(version)
+
+    def _planned(self, site: Site, offer: Offer, stack: contextlib.ExitStack) -> Plan:
+        """Plan; where there is too little room, again without what can be done without.
+
+        First what earlier cycles left and nobody needs; then what tries that were cut off have
+        fetched already.
+        """
+
+        def planned() -> Plan:
+            attempt = contextlib.ExitStack()
+            stack.push(attempt)
+            try:
+                return plan(
+                    offer,
+                    site,
+                    self._state,
+                    self._folder,
+                    spool=self._spool,
+                    preserve=self._entry.preserve,
+                    stack=attempt,
+                )
+            except SpaceError:
+                attempt.close()
+                raise
+
+        for keep_leftovers in (True, False):
+            try:
+                return planned()
+            except SpaceError as error:
+                self._log.info(
+                    "%s; removing what %s",
+                    error,
+                    "nobody needs" if keep_leftovers else "tries that were cut off have fetched",
+                )
+                self._sweep(site, keep_leftovers=keep_leftovers)
+        return planned()
 
     def _builder(self, planned: Plan) -> Builder:
         """The own extractor wherever it can; who else is never chosen silently."""
@@ -415,11 +472,12 @@ class Cycle(Session):
             raise LocalError(f"{name}: {failure}; {error}") from error
         raise LocalError(f"{name}: {failure}; back to {end.version or older[0].installed.digest}")
 
-    def _mirror(self, site: Site, checked: Checked) -> None:
+    def _mirror(self, site: Site, demands: Demands, answered: Sequence[Source]) -> None:
         """Refresh the backup drive; a failure there does not fail the update.
 
         It is in the cycle's end: exit code 4 for a foreign drive, 1 for one that was damaged
-        (and is mended now) or cannot be written.
+        (and is mended now, unless it is read-only) or cannot be written. One that has a release
+        and is read-only from the start is a source and nothing else.
         """
         location, installed = self._entry.backup, self._state.installed
         if location is None or installed is None or self._state.held is not None:
@@ -430,12 +488,13 @@ class Cycle(Session):
             self._state = replace(self._state, backup_absent=True)
             return
         self._state = replace(self._state, backup_absent=False)
+        self._monitor.step(Step.MIRROR, _called(installed))
         mirror = Mirror(location, self._folder)
         try:
             found = mirror.survey(
                 installed,
                 self._source(Origin.BACKUP),
-                checked.demands,
+                demands,
                 seen=self._state.backup_seen,
                 monitor=self._monitor,
             )
@@ -446,8 +505,13 @@ class Cycle(Session):
                 what = f"the backup {location.index} was damaged: {found.what}"
                 self._log.error("%s", what)
                 self._failures.append(LocalError(what))
-            if found.condition is not Condition.NEWER and not self._is_behind(installed):
-                done = self._refresh(mirror, site, installed, checked.answered)
+            if found.condition is Condition.NEWER or self._is_behind(installed):
+                return
+            if found.usable and is_read_only(location):
+                where = shown(location.index)
+                self._log.info("the backup %s is read-only: it stays as it is", where)
+            else:
+                done = self._refresh(mirror, site, installed, answered)
                 self._state = replace(self._state, backup_seen=done.seen)
                 self._log.info(
                     "refreshed the backup %s: %d chunks, %.1f MB",
@@ -499,15 +563,28 @@ class Cycle(Session):
     def _prune(self, site: Site) -> None:
         """Remove what no state names any longer: it forgets first, so that it names no ruin.
 
-        Also what a kill has left of earlier cycles, hence after every cycle.
+        Also what a kill has left of earlier cycles, hence after every cycle. A version that was
+        left by going back is none to go back to, and takes no place of those that are.
         """
-        stay = self._state.previous[: self._entry.keep]
+        stay = tuple(self._older_versions()[: self._entry.keep])
         if stay != self._state.previous:
             self._state = replace(self._state, previous=stay)
             self._folder.save(self._state)
-        remove(self._spool.parent)
         self._folder.forget_versions(self._state)
+        self._sweep(site)
+
+    def _sweep(self, site: Site, *, keep_leftovers: bool = False) -> None:
+        """Remove what is in the staging folder and in the cache, and nobody needs.
+
+        Args:
+            site: the destination.
+            keep_leftovers: what the next try would take from there instead of fetching it stays.
+        """
         named = {kept.folder for kept in self._state.previous}
+        if keep_leftovers:
+            named |= {path.name for path in leftover_files(site)}
+        else:
+            remove(self._spool.parent)
         if found := garbage(site, named, self._entry.preserve):
             with self._own_touch(site):
                 for path in found:

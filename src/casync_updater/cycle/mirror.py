@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -73,11 +73,13 @@ class Survey:
         seen: tells this content apart from any other, without reading it; what was read once
             and has the same one is not read again.
         what: what is wrong, in words.
+        usable: it has a whole release of the publisher's, whatever else is missing.
     """
 
     condition: Condition
     seen: str = ""
     what: str = ""
+    usable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,22 @@ class _Version:
 
 
 def present(location: Location) -> bool:
-    """Whether the backup's folders are there; a drive that is not plugged in has none."""
-    return Path(location.index).parent.is_dir() and Path(location.store).parent.is_dir()
+    """Whether the backup's folders are there; a drive that is not plugged in has none.
+
+    One that was pulled out, and that nobody unmounted, has nothing but errors.
+    """
+    try:
+        return Path(location.index).parent.is_dir() and Path(location.store).parent.is_dir()
+    except OSError:
+        return False
+
+
+def is_read_only(location: Location) -> bool:
+    """Whether the backup is mounted so that nobody can write to it."""
+    try:
+        return bool(os.statvfs(Path(location.index).parent).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 class Mirror:
@@ -155,8 +171,9 @@ class Mirror:
         try:
             slots = read_slots(source, demands, known)
             found = self._compare(version, slots)
+            usable = slots.newest is not None
             if found is not None:
-                return found
+                return replace(found, usable=usable)
             now = self._seen(version)
             if now == seen:
                 return Survey(Condition.CURRENT, now)
@@ -174,7 +191,7 @@ class Mirror:
         if wrong:
             return Survey(Condition.DAMAGED, what=_listing(wrong))
         if missing or unfinished:
-            return Survey(Condition.INCOMPLETE, what=_listing(missing))
+            return Survey(Condition.INCOMPLETE, what=_listing(missing), usable=usable)
         return Survey(Condition.CURRENT, now)
 
     def _compare(self, version: _Version, slots: Slots) -> Survey | None:

@@ -6,6 +6,7 @@ from casync_updater.cycle.check import load
 from casync_updater.cycle.mirror import Condition, Mirror, Mirrored
 from casync_updater.cycle.plan import lacking
 from casync_updater.cycle.record import kept_index, kept_nodes
+from casync_updater.cycle.selfupdate import SelfUpdate
 from casync_updater.cycle.session import Session
 from casync_updater.cycle.tree import Difference
 from casync_updater.cycle.values import Newer, Offer, UpToDate
@@ -19,6 +20,7 @@ from casync_updater.model import (
     Changes,
     Location,
     Origin,
+    Step,
 )
 from casync_updater.reports import CycleEnd
 
@@ -135,6 +137,27 @@ class Operator(Session):
         name = older[0].installed.version or older[0].installed.digest[:12]
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
+    def rollback_from(self, digest: str) -> None:
+        """Go back by hand, unless another version than the one that was meant is there now.
+
+        Raises:
+            UpdaterError: as for `rollback`.
+        """
+        installed = self.installed()
+        if installed is not None and installed.digest == digest:
+            self.rollback()
+
+    def resume(self) -> str:
+        """Clear a hold and the marks of versions that failed; gives what was in the way."""
+        state = self._folder.load()
+        self._folder.save(replace(state, held=None, bad=()))
+        bad = bool(state.bad)
+        if self._entry.self_update:
+            own = SelfUpdate(self._outside.state_dir)
+            bad = bad or bool(own.bad())
+            own.forgive()
+        return state.held or ("versions that failed" if bad else "nothing")
+
     def export(self, location: Location) -> Mirrored:
         """Make a drive of the installed version, or bring one up to date.
 
@@ -147,6 +170,7 @@ class Operator(Session):
         installed = self._state.installed
         if installed is None:
             raise LocalError(f"{self._entry.name}: nothing was installed yet")
+        self._monitor.step(Step.MIRROR, installed.version)
         mirror = Mirror(location, self._folder)
         drive, web = self._outside.open_source(location), self._source(Origin.SOURCE)
         try:

@@ -107,7 +107,7 @@ def _extraction(
         record,
         root,
         windows=kept.state.windows if old is not None else (),
-        leftovers=leftovers(site, stack),
+        leftovers=leftovers(site, offer.index, stack),
     )
     return Plan(
         offer,

@@ -191,7 +191,12 @@ class Session:
         if not self._state.pending:
             return ()
         self._monitor.step(Step.ACT, version)
-        acted, self._state = self._actor().act(self._state)
+        actor = self._actor()
+        try:
+            acted, self._state = actor.act(self._state)
+        except BaseException:
+            self._state = actor.saved or self._state
+            raise
         self._failures += map(LocalError, acted.failures)
         return acted.commands
 
@@ -279,7 +284,6 @@ class Session:
         self, mirror: Mirror, site: Site, installed: Installed, sources: Sequence[Source]
     ) -> Mirrored:
         """Bring a drive up to date; what the device does not have itself comes from sources."""
-        self._monitor.step(Step.MIRROR, installed.version)
         with self._chunk_chain(kept_index(self._folder, installed), list(sources)) as chunks:
             return mirror.refresh(
                 installed,

@@ -109,7 +109,7 @@ class Devices:
 
 
 def decoded(label: bytes) -> str:
-    """A label as it was given, from udev's ``ID_FS_LABEL_ENC`` (``\\x20`` for a space)."""
+    r"""A label as it was given, from udev's ``ID_FS_LABEL_ENC`` (``\x20`` for a space)."""
     return os.fsdecode(_ENCODED.sub(lambda found: bytes.fromhex(found[1].decode()), label))
 
 

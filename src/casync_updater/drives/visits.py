@@ -78,7 +78,7 @@ class Visit:
         device: what the daemon mounts and unmounts itself; None where somebody else does that.
         began: when, in seconds since 1970.
         stage: how far it is.
-        mount: what is mounted; None while it is not.
+        mount: what is mounted; None before and after that.
         asked: entries that shall have a cycle, which did not begin yet.
         running: entries whose cycle runs.
         ends: how the cycles ended.
@@ -177,7 +177,8 @@ class Visits:
         if visit is None:
             return
         visit.gone = True
-        if visit.stage in _ACTIVE:
+        unmounted = visit.stage is Stage.DETACHING and visit.mount is None
+        if visit.stage in _ACTIVE and not unmounted:
             visit.lost = True
             visit.asked.clear()
             log.warning("drive %s was pulled out in the middle", visit.title)
@@ -201,6 +202,7 @@ class Visits:
                 visit.asked.clear()
                 log.warning("drive %s was pulled out or unmounted in the middle", visit.title)
             visit.gone = visit.gone or visit.device is None
+            visit.mount = None
         for mount, names in found.items():
             own = self._attaching(mount.point)
             if own is None:

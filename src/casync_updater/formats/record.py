@@ -32,7 +32,6 @@ check of contents (`verify`) sees it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -243,37 +242,18 @@ class Record:
         start, end = self.content(node)
         return end - start
 
-    def save(self, path: Path) -> None:
-        """Write the record, durably, in one step.
-
-        Raises:
-            LocalError: it cannot be written.
-        """
-        temporary = path.with_name(path.name + ".new")
-        try:
-            with temporary.open("wb") as file:
-                digest = hashlib.sha256()
-                file.write(_MAGIC)
-                for part in self._parts():
-                    head = len(part).to_bytes(_LENGTH, "little")
-                    digest.update(head)
-                    digest.update(part)
-                    file.write(head)
-                    file.write(part)
-                file.write(bytes(_LENGTH))
-                file.write(digest.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise LocalError(f"{path} cannot be written: {error.strerror}") from error
+    def packed(self) -> Iterator[bytes]:
+        """The file that `load` reads, piece by piece."""
+        digest = hashlib.sha256()
+        yield _MAGIC
+        for part in self._parts():
+            head = len(part).to_bytes(_LENGTH, "little")
+            digest.update(head)
+            digest.update(part)
+            yield head
+            yield part
+        yield bytes(_LENGTH)
+        yield digest.digest()
 
     def _parts(self) -> Iterator[bytes]:
         """What a record's file consists of, one part after the other; none is empty."""

@@ -7,6 +7,7 @@ VPN), so whether a host can be reached is never judged by it (see `netlink.path_
 import ipaddress
 import socket
 from dataclasses import dataclass
+from typing import cast
 
 import netifaces
 
@@ -46,11 +47,12 @@ def interfaces() -> tuple[Interface, ...]:
 
 def gateways() -> tuple[Gateway, ...]:
     """The default gateways of both families."""
-    found = netifaces.gateways()
+    # Under "default", which is not used here, there is a dictionary.
+    found = cast("dict[int, list[tuple[str, str]]]", netifaces.gateways())
     return tuple(
         Gateway(address, interface)
         for family in (socket.AF_INET, socket.AF_INET6)
-        for address, interface, _ in found.get(int(family), ())
+        for address, interface, *_ in found.get(int(family), ())
     )
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from casync_updater.online.hosts import Host
 from casync_updater.online.netlink import path_to
@@ -280,7 +280,8 @@ def _resolve(host: Host) -> tuple[str, ...]:
     chosen: dict[str, socket.AddressFamily] = {}
     for family, _, _, _, where in socket.getaddrinfo(host.name, None, type=socket.SOCK_STREAM):
         # NI_NUMERICHOST keeps the interface of a link-local address: fe80::1%eth0.
-        address, _ = socket.getnameinfo(where, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+        internet = cast("tuple[str, int]", where)  # or four, and never the other kinds there are
+        address, _ = socket.getnameinfo(internet, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
         if sum(known == family for known in chosen.values()) < _PER_FAMILY:
             chosen.setdefault(address, family)
     return tuple(chosen)

@@ -19,7 +19,7 @@ from casync_updater.clock import Clock
 from casync_updater.errors import ConfigError, ContentError, LocalError, SpaceError
 from casync_updater.formats import index as index_format
 from casync_updater.formats.index import Index
-from casync_updater.model import FileRef, Mtimes, Publication, Release
+from casync_updater.model import Compression, FileRef, Mtimes, Publication, Release
 from casync_updater.release import SERIAL_LEAD, format_release, parse_release
 from casync_updater.server import record
 from casync_updater.server.build import (
@@ -32,6 +32,7 @@ from casync_updater.server.build import (
     recipe,
     survey,
 )
+from casync_updater.server.compress import compress_again
 from casync_updater.server.news import News, read_news
 from casync_updater.server.places import Site, Store, Usage, locked, make_folder
 from casync_updater.server.prune import alive_files, prune_by_hash, prune_store, sweep
@@ -269,6 +270,8 @@ class _Publisher:
         )
         staged = self.site.staging / self.site.index.name
         built = build(maker, staged, self.store, self.reporter)
+        if self.publication.compression is Compression.ZSTD:
+            compress_again(self.store, built.index, since, self.reporter)
         ids = built.chunk_ids()
         usage = self.store.usage(ids, since)
         current = self.current

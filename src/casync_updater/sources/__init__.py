@@ -48,6 +48,10 @@ class _Split:
     def received(self) -> int:
         return self._index.received + self._store.received
 
+    @property
+    def round_trip(self) -> float:
+        return self._store.round_trip
+
     def document(
         self, suffix: str, *, limit: int, known: Validators | None = None
     ) -> Document | None:

@@ -45,6 +45,10 @@ class Source(Protocol):
     def received(self) -> int:
         """Bytes of bodies that came from this source so far, failed attempts included."""
 
+    @property
+    def round_trip(self) -> float:
+        """Seconds from a request to the beginning of its answer, at best; 0 where nothing waits."""
+
     def document(
         self, suffix: str, *, limit: int, known: Validators | None = None
     ) -> Document | None:

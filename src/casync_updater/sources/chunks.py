@@ -27,8 +27,14 @@ from casync_updater.sources.base import Source, shown
 
 _PATIENCE = 3
 """Failures in a row, each after the source's own retries, after which it is left out."""
-_AHEAD = 512 << 10
-"""Bytes that are fetched ahead per connection: two chunks of casync's usual maximum."""
+_FEW = 8
+"""Connections (no more than are allowed) that are used however near a source is."""
+_RATE = 12_500_000
+"""Bytes per second that the connections are to carry together, if each waits for its answer."""
+_COMPRESSED = 0.4
+"""What compression leaves of a chunk, about."""
+_AHEAD = 256 << 10
+"""Bytes that are fetched ahead per connection: a chunk of casync's usual maximum."""
 _AHEAD_CHUNKS = 64
 """Chunks that are fetched ahead per connection, where they are tiny or all the same."""
 _ENDED = "the download was ended"
@@ -100,7 +106,8 @@ class Chunks:
     Args:
         sources: where chunks come from, nearest first; they stay open.
         index: whose chunks; verifies each one.
-        connections: how many chunks are fetched side by side.
+        connections: how many chunks are fetched side by side at most. As each connection waits
+            for an answer before it asks again, a long way to the source takes many of them.
         local: what the device can make of its own files, asked first, by several threads;
             None (or wrong bytes) where it cannot.
     """
@@ -175,7 +182,7 @@ class Chunks:
         Raises:
             UpdaterError: see `get`; when the chunk's turn comes.
         """
-        with _Workers(self._get, self._abort, self._connections) as workers:
+        with _Workers(self._get, self._abort) as workers:
             with self._lock:
                 self._streams.add(workers)
             try:
@@ -193,14 +200,15 @@ class Chunks:
         ahead = 0
         coming = next(wanted, None)
         while coming is not None or window:
-            while coming is not None and len(window) < _AHEAD_CHUNKS * self._connections:
+            count = self._side_by_side()
+            while coming is not None and len(window) < _AHEAD_CHUNKS * count:
                 slot = slots.get((coming.id, coming.size))
                 if slot is None:
                     # One chunk always fits: a store's maximum may be above what is ahead.
-                    if window and ahead + coming.size > _AHEAD * self._connections:
+                    if window and ahead + coming.size > _AHEAD * count:
                         break
                     ahead += coming.size
-                    slot = slots[coming.id, coming.size] = workers.submit(coming)
+                    slot = slots[coming.id, coming.size] = workers.submit(coming, count)
                 slot.users += 1
                 window.append((coming, slot))
                 coming = next(wanted, None)
@@ -212,6 +220,12 @@ class Chunks:
                 ahead -= ref.size
             del slot
             yield ref, data
+
+    def _side_by_side(self) -> int:
+        """How many connections fill a fast line, by the round trip that was measured so far."""
+        trip = max((link.source.round_trip for link in self._links), default=0.0)
+        needed = trip * _RATE / (_COMPRESSED * self._index.chunk_avg)
+        return min(self._connections, max(_FEW, int(needed)))
 
     @property
     def statistics(self) -> Statistics:
@@ -251,25 +265,22 @@ class _Workers:
     Args:
         fetch: gets a chunk; looks at the event now and then, and gives up once it is set.
         abort: makes what `fetch` waits for fail.
-        count: how many threads there are at most.
     """
 
     def __init__(
         self,
         fetch: Callable[[ChunkRef, threading.Event], bytes],
         abort: Callable[[], None],
-        count: int,
     ) -> None:
         self._fetch = fetch
         self._abort = abort
-        self._count = count
         self._tasks: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._pending: set[_Slot] = set()
         self._ended = threading.Event()
 
-    def submit(self, ref: ChunkRef) -> _Slot:
-        """Have a chunk fetched."""
+    def submit(self, ref: ChunkRef, count: int) -> _Slot:
+        """Have a chunk fetched, by one of so many threads."""
         slot = _Slot(ref)
         if self._ended.is_set():
             slot.fail(RemoteError(_ENDED))
@@ -277,7 +288,7 @@ class _Workers:
         self._pending.add(slot)
         self._tasks.put(slot)
         # A thread per chunk until there are enough: an update of three needs no sixteen.
-        if len(self._threads) < self._count:
+        if len(self._threads) < count:
             name = f"chunks-{len(self._threads) + 1}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._threads.append(thread)

@@ -321,12 +321,18 @@ class HttpSource:
         self._lock = threading.Lock()
         self._answered = False
         self._received = 0
+        self._round_trip = 0.0
         self._layouts = (SUFFIX, "")
 
     @property
     def received(self) -> int:
         """See `Source.received`."""
         return self._received
+
+    @property
+    def round_trip(self) -> float:
+        """See `Source.round_trip`; through a proxy it is that to the server."""
+        return self._round_trip
 
     def document(
         self, suffix: str, *, limit: int, known: Validators | None = None
@@ -445,6 +451,7 @@ class HttpSource:
                     decode_content=False,
                 )
                 self._answered = True
+                self._timed(self._clock.monotonic() - flight.since)
                 with contextlib.closing(_Answer(answer)) as whole:
                     response = whole.read(url, limit, self._count)
             except _TryAgainError as error:
@@ -553,6 +560,10 @@ class HttpSource:
         if authorization:
             headers["Authorization"] = authorization
         return _Origin(pool, url.origin if absolute else "", headers)
+
+    def _timed(self, seconds: float) -> None:
+        if not self._round_trip or seconds < self._round_trip:
+            self._round_trip = seconds
 
     def _count(self, received: int) -> None:
         with self._lock:

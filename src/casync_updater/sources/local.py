@@ -37,6 +37,8 @@ def path_from(address: str) -> Path:
 class LocalSource:
     """See `Source`. Nothing here is followed if it is a symbolic link, or waited for."""
 
+    round_trip = 0.0
+
     def __init__(self, location: Location, clock: Clock) -> None:
         self.location = location
         self._index = path_from(location.index)

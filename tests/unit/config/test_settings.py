@@ -33,6 +33,14 @@ def written(folder: Path, text: str, name: str = "casync-updater.conf") -> Path:
     return file
 
 
+def test_labels_may_have_any_name_a_folder_can_have(tmp_path: Path) -> None:
+    text = '[media]\nlabels = UPDATES, My Own, "a$b`c;d, e", UPDATES\non_start = "a, b"\n'
+    media = load_settings(written(tmp_path, text)).settings.media
+    assert media.labels == ("UPDATES", "My Own", "a$b`c;d, e")
+    assert media.on_start == "a, b"
+    assert load_settings(written(tmp_path, "[media]\nlabels =\n")).settings.media.labels == ()
+
+
 def test_the_installed_file_is_made_from_the_declarations() -> None:
     installed = (ROOT / "conf" / "casync-updater.conf").read_text(encoding="utf-8")
     assert installed == commented()
@@ -113,6 +121,9 @@ def test_a_single_host_is_a_list_of_one(tmp_path: Path) -> None:
         ("online", "enabled = yes, no", "is a list"),
         ("online", "hosts = http://update.example/", "no URLs"),
         ("online", "hosts = a b", "no URLs"),
+        ("media", "labels = a/b", "without '/'"),
+        ("media", "labels = UPDATES, ..", "without '/'"),
+        ("media", "on_start = echo a, b", "put quotes around the whole command"),
         ("online", "hosts = a:b", "no URLs"),
         ("online", "hosts = a:70000", "no URLs"),
         ("online", "hosts = a:0", "no URLs"),

@@ -39,6 +39,7 @@ class MemorySource:
         self.before: Callable[[str], None] = lambda hex_id: None
         self.aborted = threading.Event()
         self.received = 0
+        self.round_trip = 0.0
 
     def document(
         self, suffix: str, *, limit: int, known: Validators | None = None
@@ -68,7 +69,7 @@ def index_of(pieces: list[bytes], chunk_max: int = 1 << 20) -> Index:
     for piece in pieces:
         end += len(piece)
         table += struct.pack("<Q32s", end, hashlib.new("sha512_256", piece).digest())
-    return Index(SHA512_256, 1, 1, chunk_max, table)
+    return Index(SHA512_256, 1, 64 << 10, chunk_max, table)
 
 
 PIECES = [f"chunk {number}".encode() * 50 for number in range(300)]
@@ -193,6 +194,22 @@ class TestStream:
         source.before = lambda hex_id: together.wait() and None
         assert len(list(chunks_from(source, connections=4).stream(REFS[:40]))) == 40
 
+    @pytest.mark.parametrize(
+        ("round_trip", "connections", "expected"),
+        [(0.0, 32, 8), (0.04, 32, 19), (0.3, 32, 32), (0.3, 4, 4)],
+    )
+    def test_a_long_way_takes_more_connections(
+        self, round_trip: float, connections: int, expected: int
+    ) -> None:
+        """64 KiB chunks, to a fast line's full rate; never more than the settings allow."""
+        source = MemorySource("web", STORE)
+        source.round_trip = round_trip
+        seen = []
+        source.before = lambda hex_id: seen.append(len(threads())) or time.sleep(0.005)  # type: ignore[func-returns-value]
+        with closing(chunks_from(source, connections=connections).stream(REFS)) as stream:
+            assert len(list(stream)) == len(REFS)
+        assert max(seen) == expected
+
     def test_no_more_threads_than_chunks(self) -> None:
         source = MemorySource("web", STORE)
         with closing(chunks_from(source, connections=16).stream(REFS[:2])) as stream:
@@ -227,8 +244,8 @@ class TestStream:
             for _ in range(10):
                 next(stream)
                 time.sleep(0.02)
-                # A window of 2 x 512 KiB holds two of 400,000 bytes.
-                assert len(source.asked) <= 13
+                # A window of 2 x 256 KiB holds one of 400,000 bytes.
+                assert len(source.asked) <= 12
             assert [len(data) for _, data in stream] == [400_000] * 10
 
     def test_chunks_larger_than_the_window_come_one_by_one(self) -> None:

@@ -80,6 +80,7 @@ def test_a_document(source: Source, server: WebServer) -> None:
     assert request.headers["User-Agent"] == f"casync-updater/{__version__}"
     assert request.headers["Accept-Encoding"] == "identity"
     assert source.received == 9
+    assert 0 < source.round_trip < 10
 
 
 def test_one_connection_serves_everything(source: Source, server: WebServer) -> None:

@@ -32,6 +32,7 @@ from casync_updater.cycle.extract.tree import (
     open_file,
     read_exactly,
 )
+from casync_updater.cycle.extract.writeback import Writeback
 from casync_updater.errors import ContentError, LocalError, SpaceError
 from casync_updater.formats.archive import (
     HEADER,
@@ -106,9 +107,11 @@ def extract(
     """
     begin = file_system_time(root)
     log = None if journal is None else Journal(journal, plan.index)
-    builder = _Builder(plan, Stream(plan, chunks, root, log), root, progress)
+    writeback = Writeback(root)
+    builder = _Builder(plan, Stream(plan, chunks, root, log), root, progress, writeback)
     try:
-        builder.run()
+        with writeback:
+            builder.run()
     except OSError as error:
         where = os.fsdecode(builder.path())
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
@@ -145,9 +148,11 @@ class _Builder:
         stream: Stream,
         root: int,
         progress: Callable[[Progress], object],
+        writeback: Writeback,
     ) -> None:
         self._plan = plan
         self._root = root
+        self._writeback = writeback
         self._progress = progress
         self._reported = 0
         self._flags = plan.index.flags
@@ -466,8 +471,7 @@ class _Builder:
                 digest.update(data)
                 hole = _all_zero(data)
                 if not hole:
-                    write_all(out, data, stream.position - start)
-                    self._written += len(data)
+                    self._write(out, data, stream.position - start)
                 stream.position += len(data)
                 # A large file over a slow line: who waits is told with every chunk of it.
                 self._report()
@@ -481,6 +485,11 @@ class _Builder:
                     os.close(file)
         self._files += 1
         return digest.digest()
+
+    def _write(self, out: int, data: bytes, offset: int) -> None:
+        write_all(out, data, offset)
+        self._written += len(data)
+        self._writeback.wrote(len(data))
 
     def _report(self) -> None:
         self._reported = self._bytes.position
@@ -517,8 +526,7 @@ class _Builder:
                 raise self._touched(self.name)
             update(data)
             if not _all_zero(data):
-                write_all(out, data, offset)
-                self._written += len(data)
+                self._write(out, data, offset)
             offset += len(data)
         os.ftruncate(out, count)
 
