@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -390,3 +392,51 @@ def test_a_full_disk_leaves_the_old_state_and_a_lock_to_be_had(tiny: Path) -> No
     with folder.locked("operator", wait=0):
         pass
     assert not list(folder.path.glob(".state.json*"))
+
+
+def fields_of(kind: object, found: dict[str, str]) -> None:
+    """The fields of a dataclass and the words of an enumeration, and of all within, by name."""
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        found[kind.__name__] = " ".join(kind)
+    if isinstance(kind, type) and is_dataclass(kind) and kind.__name__ not in found:
+        found[kind.__name__] = " ".join(field.name for field in fields(kind))
+        for hint in get_type_hints(kind).values():
+            fields_of(hint, found)
+    for inner in get_args(kind):
+        fields_of(inner, found)
+
+
+def test_a_format_is_what_its_fields_are() -> None:
+    """A version refuses fields that it does not know; one that has failed has to be left again.
+
+    Whoever changes one raises `FORMAT`, so that the version before finds what it left.
+    Before the first release of a format, only the list here changes.
+    """
+    found: dict[str, str] = {}
+    fields_of(State, found)
+    assert (casync_updater.state.FORMAT, found) == (
+        1,
+        {
+            "State": (
+                "destination format unsigned_mark signed_mark installed previous"
+                " journal pending answers trial trial_boot bad held no_exchange refused"
+                " last_check last_success last_verify last_error backup_absent"
+                " backup_seen windows newest_date"
+            ),
+            "Mark": "serial date digest",
+            "Installed": "digest index_sha256 since source origin version serial date root",
+            "Identity": "device inode",
+            "Kept": "folder installed preserved left",
+            "Journal": (
+                "intent installed token old new folder replaced moves actions trial hold bad"
+            ),
+            "PendingAction": "id command env timeout state",
+            "Bad": "digest serial index_sha256",
+            "Answer": "key where body etag last_modified",
+            "Refusal": "check expected found source since",
+            "Window": "begin end",
+            "Origin": "source backup",
+            "Intent": "exchange in-place",
+            "ActionState": "waiting running left ended",
+        },
+    )

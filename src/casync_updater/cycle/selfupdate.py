@@ -81,22 +81,21 @@ def examine(tree: Path, has: packages.Installed) -> Upgrade | None:
                 tree,
             )
         found[package.name] = package
-    needed = [found[name] for name in sorted(has.versions) if name in found]
+    needed = [found[name] for name in has.names if name in found]
     versions = {package.version for package in needed}
-    if len(needed) < len(has.versions) or len(versions) != 1:
+    if len(needed) < len(has.names) or len(versions) != 1:
         raise _refused(
             "packages",
-            f"{', '.join(sorted(has.versions))} in one version, as they are installed",
+            f"{', '.join(has.names)} in one version, as they are installed",
             ", ".join(f"{one.name} {one.version}" for one in needed) or "none of them",
             tree,
         )
-    version = needed[0].version
-    newest = max(has.versions.values(), key=Version)
-    if Version(version) < Version(newest):
-        raise _refused("downgrade", f"{newest} or newer, as is installed", version, tree)
-    if {*has.versions.values()} == {version}:
+    (version,) = versions
+    if Version(version) < Version(has.version):
+        raise _refused("downgrade", f"{has.version} or newer, as is installed", version, tree)
+    if version == has.version:
         return None
-    return Upgrade(version, has.versions[packages.CLIENT], tuple(needed))
+    return Upgrade(version, has.version, tuple(needed))
 
 
 def read(file: Path) -> Package:
@@ -193,7 +192,7 @@ class SelfUpdate:
         _demand_roots_own(tree)
         upgrade = examine(tree, has)
         if upgrade is None:
-            self.forget_older(has.versions[packages.CLIENT])
+            self.forget_older(has.version)
             return None
         if (why := self.bad().get(upgrade.version)) is not None:
             raise _refused("version", f"one that did not fail here ({why})", upgrade.version, tree)
@@ -300,11 +299,10 @@ def _demand_roots_own(tree: Path) -> None:
     real = Path(os.path.realpath(tree))
     for path in (*real.parents, real, *real.glob("*.deb")):
         status = path.lstat()
+        writers = stat.S_IWOTH if status.st_gid == 0 else stat.S_IWOTH | stat.S_IWGRP
         # Where everybody may write, /tmp say, the sticky bit keeps them from moving others' files.
-        shared = status.st_mode & 0o022 and not (
-            stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-        )
-        if status.st_uid != 0 or shared:
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_uid != 0 or (status.st_mode & writers and not sticky):
             raise LocalError(
                 f"{path} can be written by others than root, who could put packages of their own"
                 " there: choose a dstPath that belongs to root alone"

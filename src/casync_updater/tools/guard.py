@@ -251,7 +251,7 @@ class System(Protocol):
         """
 
     def dpkg(self, *arguments: str) -> tuple[int, str]:
-        """Run dpkg, which is locked; its exit code, and the end of what it said."""
+        """Run dpkg, which is locked; its exit code, and what it says went wrong."""
 
     def versions(self, packages: Sequence[str]) -> Mapping[str, str]:
         """The versions of the packages that are completely installed."""
@@ -527,7 +527,7 @@ class Machine:
 
 
 def _run(*argv: str, limit: float, **environment: str) -> tuple[int, str]:
-    """Run a program to its end, its output in the journal; its exit code and its last words."""
+    """Run a program to its end, its output in the journal; its exit code and what went wrong."""
     # A file and no pipe: what a maintainer script leaves in the background holds that open.
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -548,7 +548,14 @@ def _run(*argv: str, limit: float, **environment: str) -> tuple[int, str]:
         text = output.read().decode(errors="replace").strip()
     if text:
         print(text, flush=True)  # noqa: T201
-    return process.returncode, " ".join(text.split())[-_REASON_LIMIT:]
+    return process.returncode, _reason(text)
+
+
+def _reason(output: str) -> str:
+    """What went wrong, in one line: all from the first error on, or else the last line."""
+    lines = [line.strip() for line in output.splitlines()]
+    first = next((at for at, line in enumerate(lines) if " error" in f" {line.lower()}"), -1)
+    return " ".join(lines[first:])[:_REASON_LIMIT]
 
 
 def main(folder: Path) -> int:

@@ -23,11 +23,13 @@ class Installed:
     """What this machine has.
 
     Attributes:
-        versions: those of this program's packages that are installed, by name.
+        names: those of this program's packages that are installed, sorted.
+        version: which all of them have.
         architecture: what the machine's packages are made for.
     """
 
-    versions: dict[str, str]
+    names: tuple[str, ...]
+    version: str
     architecture: str
 
 
@@ -36,7 +38,7 @@ def installed() -> Installed:
 
     Raises:
         LocalError: dpkg is not there, the client is not installed by it, or one of the packages
-            is on hold or only half installed.
+            is on hold, only half installed, or of another version than the others.
     """
     wanted = "${Package} ${Version} ${db:Status-Want} ${db:Status-Status}\n"
     shown = process.run(
@@ -54,8 +56,13 @@ def installed() -> Installed:
         versions[name] = version
     if CLIENT not in versions:
         raise LocalError(f"{CLIENT} is not installed as a Debian package here: nothing to replace")
+    if len(different := sorted(set(versions.values()))) > 1:
+        raise LocalError(
+            f"the installed packages are of different versions ({', '.join(different)}):"
+            " apt-get --fix-broken install"
+        )
     result = process.run(["dpkg", "--print-architecture"], timeout=_TIMEOUT)
-    return Installed(versions, result.stdout.decode().strip())
+    return Installed(tuple(sorted(versions)), different[0], result.stdout.decode().strip())
 
 
 def read_through(package: Path) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from casync_updater.tools.guard import (
     LockedError,
     Machine,
     Plan,
+    _run,
     alive,
     arm,
     read_plan,
@@ -406,6 +409,30 @@ def test_a_process_says_when_it_began(folder: Path) -> None:
     (folder / "alive.json").unlink()
     alive(folder, "boot-7")
     assert not (folder / "alive.json").exists(), "there is no upgrade"
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "reason"),
+    [
+        (
+            "echo Setting up x; echo 'dpkg: error processing x:'; echo '  status 7'; exit 1",
+            1,
+            "dpkg: error processing x: status 7",
+        ),
+        ("echo one; echo two; exit 2", 2, "two"),
+        ("true", 0, ""),
+    ],
+)
+def test_what_a_program_says(script: str, code: int, reason: str) -> None:
+    assert _run("sh", "-c", script, limit=60) == (code, reason)
+
+
+def test_programs_that_do_not_end() -> None:
+    """One that hangs is ended; what it leaves in the background keeps nobody waiting."""
+    assert _run("sleep", "600", limit=0.2) == (-9, "it was ended after 0.2 seconds")
+    code, process = _run("sh", "-c", "sleep 600 & echo $!; exit 3", limit=60)
+    os.kill(int(process), signal.SIGKILL)
+    assert code == 3
 
 
 def test_a_connection_is_what_counts_as_reachable() -> None:
