@@ -34,8 +34,9 @@ RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-de
 	python3-zstandard
 BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
-TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
-	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
+CHECK_PACKAGES := bash-completion gpg gpg-agent python3-hypothesis python3-pytest
+TEST_PACKAGES := $(CHECK_PACKAGES) e2fsprogs man-db mypy procps python3-pytest-xdist \
+	python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
 SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring debootstrap debos dosfstools exfatprogs \
@@ -171,8 +172,9 @@ bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTr
 # dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
 # PATH would be taken for Debian's, hence the clean environment.
 .PHONY: deb
-deb: deps ## Build the Debian packages into build/deb
-	@rm -rf build/deb
+deb: ## Build the Debian packages into build/deb
+	@$(call install,$(RUN_PACKAGES) $(BUILD_PACKAGES) $(CHECK_PACKAGES))
+	rm -rf build/deb
 	mkdir -p build/deb/source
 	tar --exclude-vcs --exclude=./build --exclude='.*_cache' --exclude=__pycache__ \
 		--exclude='*.egg-info' -c . | tar -x -C build/deb/source
