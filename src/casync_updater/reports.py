@@ -62,6 +62,8 @@ class CycleEnd:
     actions: tuple[str, ...] = ()
     """The commands that ran as triggers; `startup` does not repeat them."""
     source: Origin | None = None
+    received: int = 0
+    """Bytes that came over a network, without the headers of HTTP and below."""
 
     @property
     def checked(self) -> bool:
@@ -190,6 +192,7 @@ def _report(document: Any) -> Report | None:
                 _optional(rest.get("version")),
                 tuple(_text(command) for command in actions),
                 None if source is None else Origin(source),
+                _count(rest.get("received", 0)),
             )
     return None
 

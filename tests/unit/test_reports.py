@@ -67,7 +67,7 @@ def test_what_is_encoded_is_read_back(report: Report) -> None:
 def test_the_lines_are_the_documented_ones() -> None:
     assert json.loads(encode(Began(Step.BUILD, "1.4.2"))) == {"step": "build", "version": "1.4.2"}
     assert json.loads(encode(Progress(123, 456))) == {"done": 123, "total": 456}
-    end = CycleEnd(Outcome.UPDATED, 0, "m", 7, "1", ("a", "b"), Origin.BACKUP)
+    end = CycleEnd(Outcome.UPDATED, 0, "m", 7, "1", ("a", "b"), Origin.BACKUP, 4_460_000)
     assert json.loads(encode(end)) == {
         "result": {
             "outcome": "updated",
@@ -77,6 +77,7 @@ def test_the_lines_are_the_documented_ones() -> None:
             "version": "1",
             "actions": ["a", "b"],
             "source": "backup",
+            "received": 4_460_000,
         }
     }
 
@@ -98,6 +99,7 @@ def test_the_lines_are_the_documented_ones() -> None:
         b'{"result": {"outcome": "failed", "exit": 0, "message": "", "actions": [1]}}',
         b'{"result": {"outcome": "failed", "exit": 0, "message": "", "actions": 7}}',
         b'{"result": {"outcome": "failed", "exit": 0, "message": "", "source": "moon"}}',
+        b'{"result": {"outcome": "failed", "exit": 0, "message": "", "received": -1}}',
         b"[]",
         b"null",
         b"\xff\xfe",
