@@ -619,8 +619,7 @@ def test_generated_trees(
 
 def test_a_chain_of_updates(lab: Lab) -> None:
     rng = random.Random(50)
-    length = 50 if MORE > 1 else 12
-    for step in range(length):
+    for step in range(50):
         evolve(lab.source, rng, step)
         if step % 4 == 3 and lab.installed is not None:
             hurt(lab.installed, rng)
