@@ -1,4 +1,4 @@
-"""Stops, restarts, reboots and cuts of the installed service, in the middle of each of its steps."""
+"""Stops, reboots and cuts of the installed service, in the middle of each of its steps."""
 
 import json
 import random
