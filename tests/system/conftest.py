@@ -45,7 +45,7 @@ def repository(tmp_path: Path, packages: list[Path]) -> Repository:
 def appliance(shared: Path, packages: list[Path]) -> System:
     """What virtual machines start from: bookworm with this tree's client, which has no entries."""
     folder = _once(shared / "appliance", partial(_make_appliance, packages))
-    return System("amd64", kernel("bookworm"), folder / "disk")
+    return System("bookworm", "amd64", kernel("bookworm"), folder / "disk")
 
 
 def _make_appliance(packages: list[Path], target: Path) -> None:

@@ -31,7 +31,7 @@ from typing import Self
 RELEASES = ("bookworm", "trixie")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "casync-updater-tests"
 _MAX_AGE = 7 * 86400
-_INCLUDED = ("systemd", "systemd-sysv", "dbus", "iproute2", "iputils-ping", "ca-certificates")
+PACKAGES = ("systemd", "systemd-sysv", "dbus", "iproute2", "iputils-ping", "ca-certificates")
 ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -69,21 +69,12 @@ class Archive:
         return lines
 
 
-def base(release: str, architecture: str | None = None, packages: Sequence[str] = ()) -> Path:
-    """The tar file of a minimal system, made anew when it is older than a week.
-
-    Args:
-        release: Debian's name for it.
-        architecture: Debian's name for another one than this machine's.
-        packages: what it has beside what every test system has.
-    """
-    parts = [release, *([] if architecture is None else [architecture]), *packages]
-    name = f"{'-'.join(parts)}.tar"
-    with cached(name) as new:
+def base(release: str) -> Path:
+    """The tar file of a minimal system, made anew when it is older than a week."""
+    with cached(f"{release}.tar") as new:
         if new is not None:
-            options = [] if architecture is None else [f"--architectures={architecture}"]
-            bootstrap(release, new, "--variant=apt", *options, include=(*_INCLUDED, *packages))
-    return CACHE / name
+            bootstrap(release, new, "--variant=apt", include=PACKAGES)
+    return CACHE / f"{release}.tar"
 
 
 def bootstrap(release: str, target: Path, *options: str, include: Sequence[str]) -> None:
@@ -110,7 +101,7 @@ def cached(name: str) -> Iterator[Path | None]:
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     place, new = CACHE / name, CACHE / f"new-{name}"
-    with _locked(CACHE / f"{name}.lock"):
+    with locked(CACHE / f"{name}.lock"):
         if place.exists() and time.time() - place.stat().st_mtime <= _MAX_AGE:
             yield None
             return
@@ -242,7 +233,7 @@ class Machine:
         )
         return completed(argv, done.returncode, done.stdout, done.stderr, check=check)
 
-    def chroot(self, *argv: str, options: Sequence[str] = ()) -> str:
+    def chroot(self, *argv: str, options: Sequence[str] = (), timeout: float = 300) -> str:
         """Run a program in the system while it is off, as the builder of an image does.
 
         There is no systemd then, and the network is this machine's.
@@ -262,7 +253,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=timeout,
             check=False,
         )
         assert done.returncode == 0, f"{' '.join(argv)}: {done.returncode}\n{done.stdout}"
@@ -272,11 +263,11 @@ class Machine:
         """What a program writes to standard output, whatever its exit code."""
         return self.run(*argv, check=False).stdout.strip()
 
-    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+    def write(self, path: str, content: str | bytes, mode: int = 0o644) -> None:
         """Write a file below the root; folders are made as needed."""
         file = self.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
         file.chmod(mode)
 
     def link(self, *, up: bool) -> None:
@@ -432,7 +423,7 @@ def _remove(place: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
