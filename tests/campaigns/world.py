@@ -120,7 +120,8 @@ class World:
         else:
             keys["preserve"] = list(PRESERVED)
         self.appliance = Appliance(home, self.server.url, **keys)
-        self.settings = f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 5\n"
+        # Patient, since campaigns share the machine with others; nothing here stalls on purpose.
+        self.settings = f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 120\n"
         self.appliance.settings(self.settings)
         self.appliance.environment["TMPDIR"] = str(self.temporary)
         log = shlex.quote(str(self.appliance.journal))
