@@ -1,11 +1,15 @@
-"""What the system tests share: packages are built once for all of them."""
+"""What the system tests share: packages and disks are made once for all of them."""
 
 import fcntl
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from system.repository import Repository, build
+from system.nspawn import Machine
+from system.repository import Repository, build, configure_apt, serve_packages
+from system.vm import System, kernel, make_system, virtual_base
 
 NEWER = "1.0.1"
 
@@ -20,13 +24,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 @pytest.fixture(scope="session")
 def packages(shared: Path) -> list[Path]:
     """The packages of this tree."""
-    return _built_once(shared / "packages", None)
+    return sorted(_once(shared / "packages", build).glob("*.deb"))
 
 
 @pytest.fixture(scope="session")
 def newer_packages(shared: Path) -> list[Path]:
     """The same as a newer version, for upgrades."""
-    return _built_once(shared / "newer-packages", NEWER)
+    return sorted(_once(shared / "newer-packages", partial(build, version=NEWER)).glob("*.deb"))
 
 
 @pytest.fixture
@@ -37,11 +41,33 @@ def repository(tmp_path: Path, packages: list[Path]) -> Repository:
     return repository
 
 
-def _built_once(target: Path, version: str | None) -> list[Path]:
+@pytest.fixture(scope="session")
+def appliance(shared: Path, packages: list[Path]) -> System:
+    """What virtual machines start from: bookworm with this tree's client, which has no entries."""
+    folder = _once(shared / "appliance", partial(_make_appliance, packages))
+    return System("bookworm", "amd64", kernel("bookworm"), folder / "disk")
+
+
+def _make_appliance(packages: list[Path], target: Path) -> None:
+    repository = Repository(target / "repository")
+    repository.publish(packages)
+    with (
+        Machine("bookworm", target / "root", tar=virtual_base("bookworm")) as machine,
+        serve_packages("127.0.0.1", repository) as server,
+    ):
+        configure_apt(machine, server, repository)
+        machine.chroot("apt-get", "-qq", "update")
+        machine.chroot("apt-get", "install", "-y", "casync-updater")
+        machine.chroot("apt-get", "clean")
+        make_system(machine.root, target / "disk", "bookworm")
+
+
+def _once(target: Path, make: Callable[[Path], object]) -> Path:
+    """Let the first process of a test run make a folder, and all of them use it."""
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "done").exists():
             target.mkdir()
-            build(target, version=version)
+            make(target)
             (target / "done").touch()
-    return sorted(target.glob("*.deb"))
+    return target

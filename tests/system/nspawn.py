@@ -30,9 +30,9 @@ from typing import Self
 
 RELEASES = ("bookworm", "trixie")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "casync-updater-tests"
-_BASE_MAX_AGE = 7 * 86400
-_INCLUDED = "systemd,systemd-sysv,dbus,iproute2,iputils-ping,ca-certificates"
-_ENVIRONMENT = {
+_MAX_AGE = 7 * 86400
+PACKAGES = ("systemd", "systemd-sysv", "dbus", "iproute2", "iputils-ping", "ca-certificates")
+ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "TERM": "dumb",
@@ -71,21 +71,44 @@ class Archive:
 
 def base(release: str) -> Path:
     """The tar file of a minimal system, made anew when it is older than a week."""
+    with cached(f"{release}.tar") as new:
+        if new is not None:
+            bootstrap(release, new, "--variant=apt", include=PACKAGES)
+    return CACHE / f"{release}.tar"
+
+
+def bootstrap(release: str, target: Path, *options: str, include: Sequence[str]) -> None:
+    """Let mmdebstrap make a system, from where this machine gets its own packages."""
+    sources = Archive.of_this_machine().sources(release)
+    subprocess.run(
+        [
+            *("mmdebstrap", "--quiet", f"--include={','.join(include)}", *options),
+            *(release, str(target), *sources),
+        ],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+@contextlib.contextmanager
+def cached(name: str) -> Iterator[Path | None]:
+    """Something in the cache, which is made anew when it is older than a week.
+
+    Yields:
+        where to make it now; nothing when what is there is fresh. What is made takes the name
+        when the block ends well. Other processes wait meanwhile.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
-    tar = CACHE / f"{release}.tar"
-    with _locked(CACHE / f"{release}.lock"):
-        if not tar.exists() or time.time() - tar.stat().st_mtime > _BASE_MAX_AGE:
-            new = tar.with_suffix(".new.tar")
-            subprocess.run(
-                [
-                    *("mmdebstrap", "--quiet", "--variant=apt", f"--include={_INCLUDED}"),
-                    *(release, str(new), *Archive.of_this_machine().sources(release)),
-                ],
-                check=True,
-                stdin=subprocess.DEVNULL,
-            )
-            new.replace(tar)
-    return tar
+    place, new = CACHE / name, CACHE / f"new-{name}"
+    with locked(CACHE / f"{name}.lock"):
+        if place.exists() and time.time() - place.stat().st_mtime <= _MAX_AGE:
+            yield None
+            return
+        _remove(new)
+        yield new
+        _remove(place)
+        new.replace(place)
 
 
 class Machine:
@@ -98,16 +121,25 @@ class Machine:
         address: the system's own address on it.
     """
 
-    def __init__(self, release: str, root: Path, *, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        release: str,
+        root: Path,
+        *,
+        tar: Path | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         """Describe a machine; entering it as a context unpacks it.
 
         Args:
             release: one of `RELEASES`.
             root: a folder that does not exist yet; it is removed at the end.
+            tar: what is unpacked; `base` of the release if not given.
             options: more options for systemd-nspawn, ``--volatile=overlay`` say.
         """
         self.release = release
         self.root = root
+        self._tar = tar or base(release)
         self._options = tuple(options)
         self._name = f"cu{secrets.token_hex(3)}"
         self._cleanup = contextlib.ExitStack()
@@ -116,7 +148,7 @@ class Machine:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            number = stack.enter_context(_network_number())
+            number = stack.enter_context(network_number())
             self.host, self.address = f"10.211.{number}.1", f"10.211.{number}.2"
             self._cgroups = stack.enter_context(_cgroups(self._name))
             stack.callback(shutil.rmtree, self.root)
@@ -126,7 +158,7 @@ class Machine:
                 [
                     "tar",
                     "-xpf",
-                    base(self.release),
+                    self._tar,
                     "-C",
                     self.root,
                     "--numeric-owner",
@@ -177,8 +209,8 @@ class Machine:
             )
         self.wait(self._find_leader, "the container's first process")
         self.wait(lambda: Path(f"/sys/class/net/{self._link}").exists(), "the link to it")
-        _ip("addr", "add", f"{self.host}/24", "dev", self._link)
-        _ip("link", "set", self._link, "up")
+        ip("addr", "add", f"{self.host}/24", "dev", self._link)
+        ip("link", "set", self._link, "up")
         self.wait(self._is_up, "systemd to finish starting", timeout=60)
 
     def run(
@@ -199,13 +231,9 @@ class Machine:
             timeout=timeout,
             check=False,
         )
-        if check and done.returncode:
-            raise AssertionError(
-                f"{' '.join(argv)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
-            )
-        return done
+        return completed(argv, done.returncode, done.stdout, done.stderr, check=check)
 
-    def chroot(self, *argv: str, options: Sequence[str] = ()) -> str:
+    def chroot(self, *argv: str, options: Sequence[str] = (), timeout: float = 300) -> str:
         """Run a program in the system while it is off, as the builder of an image does.
 
         There is no systemd then, and the network is this machine's.
@@ -214,7 +242,7 @@ class Machine:
             AssertionError: its exit code is not 0.
         """
         assert self._nspawn is None, "it runs"
-        variables = [f"--setenv={name}={value}" for name, value in _ENVIRONMENT.items()]
+        variables = [f"--setenv={name}={value}" for name, value in ENVIRONMENT.items()]
         done = subprocess.run(
             [
                 *("systemd-nspawn", "--quiet", "--as-pid2", "--register=no", "--keep-unit"),
@@ -225,7 +253,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=timeout,
             check=False,
         )
         assert done.returncode == 0, f"{' '.join(argv)}: {done.returncode}\n{done.stdout}"
@@ -235,20 +263,20 @@ class Machine:
         """What a program writes to standard output, whatever its exit code."""
         return self.run(*argv, check=False).stdout.strip()
 
-    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+    def write(self, path: str, content: str | bytes, mode: int = 0o644) -> None:
         """Write a file below the root; folders are made as needed."""
         file = self.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
         file.chmod(mode)
 
     def link(self, *, up: bool) -> None:
         """Plug the cable in, or pull it out, at this machine's end."""
-        _ip("link", "set", self._link, "up" if up else "down")
+        ip("link", "set", self._link, "up" if up else "down")
 
     def add_interface(self, name: str, peer: str) -> None:
         """Put a network card into the system; its other end is `peer` on this machine."""
-        _ip("link", "add", peer, "type", "veth", "peer", "name", name, "netns", str(self._leader))
+        ip("link", "add", peer, "type", "veth", "peer", "name", name, "netns", str(self._leader))
 
     def poweroff(self, timeout: float = 60) -> None:
         """Shut the system down in order.
@@ -287,14 +315,7 @@ class Machine:
         Raises:
             AssertionError: it does not after `timeout` seconds, or the container ended.
         """
-        end = time.monotonic() + timeout
-        while not condition():
-            if self._nspawn is not None and self._nspawn.poll() is not None:
-                raise AssertionError(f"waiting for {what}: the container ended:\n{self.console}")
-            if time.monotonic() > end:
-                end_of_console = self.console[-500:]
-                raise AssertionError(f"waited {timeout} s for {what}; console: {end_of_console}")
-            time.sleep(step)
+        wait_for(condition, what, self._nspawn, self._console_file, timeout=timeout, step=step)
 
     @property
     def _link(self) -> str:
@@ -305,7 +326,7 @@ class Machine:
         return self.root.with_name(f"{self.root.name}.console")
 
     def _enter(self, *argv: str) -> list[str]:
-        variables = [f"{name}={value}" for name, value in _ENVIRONMENT.items()]
+        variables = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
         inside = ["nsenter", "--target", str(self._leader), "--all", "--"]
         return [*inside, "env", "--ignore-environment", *variables, *argv]
 
@@ -335,6 +356,39 @@ class Machine:
         resolv.touch()
 
 
+def wait_for(
+    condition: Callable[[], object],
+    what: str,
+    process: subprocess.Popen[bytes] | None,
+    console: Path,
+    *,
+    timeout: float,
+    step: float,
+) -> None:
+    """Wait until a condition holds while a machine's process runs.
+
+    Raises:
+        AssertionError: it does not after `timeout` seconds, or the process ended.
+    """
+    end = time.monotonic() + timeout
+    while not condition():
+        ended = process is not None and process.poll() is not None
+        if ended or time.monotonic() > end:
+            why = "the machine ended" if ended else f"{timeout} s passed"
+            tail = console.read_text(errors="replace")[-4000:]
+            raise AssertionError(f"waiting for {what}: {why}; console:\n{tail}")
+        time.sleep(step)
+
+
+def completed(
+    argv: Sequence[str], code: int, stdout: str, stderr: str, *, check: bool
+) -> subprocess.CompletedProcess[str]:
+    """What a program did; an AssertionError if that is not exit code 0, and `check` is set."""
+    if check and code:
+        raise AssertionError(f"{' '.join(argv)}: exit code {code}\n{stdout}{stderr}")
+    return subprocess.CompletedProcess(argv, code, stdout, stderr)
+
+
 def _children(pid: int) -> list[int]:
     argv = ["pgrep", "--parent", str(pid)]
     found = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
@@ -351,7 +405,7 @@ def _is_first(pid: int) -> bool:
     return len(numbers) > 2 and numbers[-1] == "1"
 
 
-def _ip(*arguments: str) -> None:
+def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
@@ -361,8 +415,15 @@ def _os_release() -> dict[str, str]:
     return {key: value.strip('"') for key, value in pairs}
 
 
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -397,7 +458,7 @@ def _cgroup_mount(kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def _network_number() -> Iterator[int]:
+def network_number() -> Iterator[int]:
     """A number from 1 to 254 that no other test process uses; given back when this one ends."""
     folder = Path("/run/casync-updater-tests")
     folder.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from system.nspawn import CACHE, Archive, Machine
+from system.vm import VirtualMachine
 
 SOURCE = Path(__file__).parents[2]
 _FORWARDED = ("If-Modified-Since", "Range", "If-Range")
@@ -112,7 +113,7 @@ class Repository:
             _run(*gpg, "--clearsign", "--output", str(dist / "InRelease"), release.name)
 
 
-def configure_apt(machine: Machine, server: str, repository: Repository) -> None:
+def configure_apt(machine: Machine | VirtualMachine, server: str, repository: Repository) -> None:
     """Let a machine install from a server that `serve_packages` started."""
     lines = Archive(f"{server}/debian", f"{server}/security").sources(machine.release)
     if Archive.of_this_machine().security is None:
@@ -122,7 +123,7 @@ def configure_apt(machine: Machine, server: str, repository: Repository) -> None
         "etc/apt/sources.list.d/local.list",
         f"deb [signed-by=/usr/share/keyrings/local.gpg] {server}/local local main\n",
     )
-    shutil.copy(repository.keyring, machine.root / "usr/share/keyrings/local.gpg")
+    machine.write("usr/share/keyrings/local.gpg", repository.keyring.read_bytes())
 
 
 def serve_packages(address: str, repository: Repository) -> contextlib.AbstractContextManager[str]:

@@ -9,9 +9,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
-from casync_updater.clock import Clock
+from casync_updater.clock import Clock, moment
 from casync_updater.cycle.demands import Demands, Vouched, read_slots
 from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
 from casync_updater.errors import (
@@ -228,7 +227,10 @@ class Checker:
         same = installed is not None and installed.digest == release.digest
         bad = any(release.digest == one.digest for one in self.state.bad)
         now = self._now()
-        if not same and not bad and freshness(release, now) is Freshness.EXPIRED:
+        fresh = freshness(release, now)
+        if fresh is Freshness.UNKNOWN:
+            candidate = _doubted(candidate, release, now)
+        if not same and not bad and fresh is Freshness.EXPIRED:
             raise TrustError(
                 "expiry",
                 expected=f"a release that is still valid on {_date(now.time)}",
@@ -316,6 +318,15 @@ def _candidate(origin: Origin, source: Source, vouched: Vouched) -> Candidate:
     )
 
 
+def _doubted(candidate: Candidate, release: Release, now: BestClock) -> Candidate:
+    """A candidate that may have expired, with a word on why nobody knows."""
+    doubt = (
+        f"whether it is still valid (Valid-Until {_date(release.valid_until)}) is not known, since"
+        f" the system clock shows a time before {_date(now.time)}"
+    )
+    return replace(candidate, remark="; ".join(filter(None, (candidate.remark, doubt))))
+
+
 def _place(candidate: Candidate) -> tuple[int, float]:
     """A candidate's place in the order of releases; the old layout is before all of them."""
     release = candidate.release
@@ -374,4 +385,4 @@ def _sha256(data: bytes) -> str:
 
 
 def _date(seconds: float | None) -> str:
-    return datetime.fromtimestamp(seconds or 0, UTC).isoformat()
+    return moment(seconds or 0).isoformat(timespec="seconds")

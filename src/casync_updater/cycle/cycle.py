@@ -95,7 +95,7 @@ class Cycle(Session):
         for failure in checked.failures:
             self._log.warning("%s", failure)
         outcome = checked.outcome
-        if outcome.candidate.remark:
+        if outcome.candidate.remark not in ("", self._state.last_error):
             self._log.warning("%s: %s", outcome.candidate.where, outcome.candidate.remark)
         with _blamed(outcome.candidate.origin):
             offer = self._offer(site, checked, reason)

@@ -27,7 +27,8 @@ class Candidate:
         digest: the archive digest; None where the source has neither release nor ``.cks``.
         index_bytes: the index, where it had to be read to know what is current.
         where: the address of what was read, for messages.
-        remark: why a signature that is there does not count; empty where there is nothing to say.
+        remark: why a signature that is there does not count, or why nobody knows whether the
+            release has expired; empty where there is nothing to say.
     """
 
     origin: Origin

@@ -231,6 +231,16 @@ def test_expiry_is_judged_by_the_best_clock(
         assert desk.refused() == "expiry"
 
 
+def test_a_clock_that_is_behind_is_reported_until_it_is_set() -> None:
+    desk = Desk(State("/srv/x", installed=installed(5), unsigned_mark=Mark(5, BUILD_DATE)))
+    desk.clock.now = 0.0
+    desk.publish(release(5, valid_until=BUILD_DATE + DAY))
+    remark = desk.check().outcome.candidate.remark
+    assert "the system clock shows a time before 2026-11-23" in remark
+    desk.clock.now = BUILD_DATE + DAY - 1
+    assert desk.check().outcome.candidate.remark == ""
+
+
 def test_expiry_stops_installing_and_nothing_else() -> None:
     desk = Desk(State("/srv/x", installed=installed(5), unsigned_mark=Mark(5, BUILD_DATE)))
     desk.publish(release(5, valid_until=NOW - 1))
