@@ -17,7 +17,14 @@ from casync_updater.files import write_atomic
 from casync_updater.formats.mtree import escape
 from casync_updater.model import ActionSettings, Changes, Entry, Installed, Reason
 from casync_updater.state import ActionState, PendingAction, State, StateFolder
-from casync_updater.tools.actions import Action, ActionResult, ActionRunner, Handle, action_id
+from casync_updater.tools.actions import (
+    Action,
+    ActionResult,
+    ActionRunner,
+    Handle,
+    NotStartedError,
+    action_id,
+)
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -102,7 +109,12 @@ def promise(
 
 
 class Actor:
-    """Runs what an entry's state has pending."""
+    """Runs what an entry's state has pending.
+
+    Attributes:
+        saved: the state as it was saved last; None where nothing was. Whoever goes on after an
+            error goes on from this, so that nothing runs again.
+    """
 
     def __init__(
         self,
@@ -126,6 +138,7 @@ class Actor:
             waiting: called again and again while an action runs.
             log: takes what happens.
         """
+        self.saved: State | None = None
         self._entry = entry
         self._folder = folder
         self._runner = runner
@@ -140,7 +153,9 @@ class Actor:
 
         Raises:
             StoppedError: the updater was told to stop; the state says what is left to do.
+            NotStartedError: an action cannot be started now; it stays pending.
             UnrecordedError: the state cannot be saved.
+            OSError: what was kept of an action cannot be removed.
         """
         commands: list[str] = []
         failures: list[str] = []
@@ -159,7 +174,7 @@ class Actor:
             state = replace(state, pending=state.pending[1:])
         for listing in self._folder.actions.iterdir():
             listing.unlink()
-        self._folder.save(state)
+        self._save(state)
         return Acted(tuple(commands), tuple(failures)), state
 
     def examine(self, commands: Iterable[str], about: str) -> str | None:
@@ -175,6 +190,7 @@ class Actor:
 
         Raises:
             StoppedError: the updater was told to stop.
+            NotStartedError: one cannot be started now, which says nothing about the version.
         """
         failure = None
         names: list[str] = []
@@ -202,6 +218,8 @@ class Actor:
             self._log.info("running health check %r", action.command)
             try:
                 result = self._await(self._runner.start(action))
+            except NotStartedError:
+                raise
             except LocalError as error:
                 return str(error)
         return None if result.ok else f"health check {action.command!r} {result}"
@@ -244,6 +262,8 @@ class Actor:
         )
         try:
             return self._runner.start(action)
+        except NotStartedError:
+            raise
         except LocalError as error:
             self._log.error("action %r: %s", pending.command, error)
             return None
@@ -259,5 +279,9 @@ class Actor:
     def _mark(self, state: State, mark: ActionState) -> State:
         first, *rest = state.pending
         state = replace(state, pending=(replace(first, state=mark), *rest))
-        self._folder.save(state)
+        self._save(state)
         return state
+
+    def _save(self, state: State) -> None:
+        self._folder.save(state)
+        self.saved = state

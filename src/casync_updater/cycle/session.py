@@ -175,7 +175,12 @@ class Session:
         if not self._state.pending:
             return ()
         self._monitor.step(Step.ACT, version)
-        acted, self._state = self._actor().act(self._state)
+        actor = self._actor()
+        try:
+            acted, self._state = actor.act(self._state)
+        except BaseException:
+            self._state = actor.saved or self._state
+            raise
         self._failures += map(LocalError, acted.failures)
         return acted.commands
 

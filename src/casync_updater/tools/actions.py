@@ -104,6 +104,13 @@ class ActionResult:
         return "was cut off"
 
 
+class NotStartedError(LocalError):
+    """Nothing of an action has run, through no fault of its own: the disk is full, say.
+
+    The same may work later, so whoever promised the action keeps the promise.
+    """
+
+
 class ActionRunner(Protocol):
     """Starts actions, and collects how they ended, also those of an earlier process."""
 
@@ -112,7 +119,8 @@ class ActionRunner(Protocol):
 
         Raises:
             BusyError: the action with this id still runs.
-            LocalError: the command or its directory cannot be used, or nothing can be started.
+            NotStartedError: nothing can be started now.
+            LocalError: the command or its directory cannot be used.
         """
 
     def find(self, action_id: str) -> Handle | None:
@@ -126,7 +134,11 @@ class ActionRunner(Protocol):
         """
 
     def forget(self, action_id: str) -> None:
-        """Remove what was kept of an action that has ended; also what a kill left of that."""
+        """Remove what was kept of an action that has ended; also what a kill left of that.
+
+        Raises:
+            OSError: it cannot be removed; it can be asked for again.
+        """
 
 
 def action_id(entry: str, *parts: str) -> str:
@@ -183,7 +195,7 @@ class ProcessRunner:
                 restore_signals=False,
             )
         except OSError as error:
-            raise LocalError(f"an action cannot be started: {error.strerror}") from error
+            raise NotStartedError(f"an action cannot be started: {error.strerror}") from error
         self._own[action.id] = _Own(child, action.entry, self._log)
         _await_start(folder, self._clock, lambda: child.poll() is not None)
         return handle
@@ -225,7 +237,7 @@ class ProcessRunner:
     def forget(self, action_id: str) -> None:
         """See `ActionRunner.forget`."""
         self._own.pop(action_id, None)
-        shutil.rmtree(self._root / action_id, ignore_errors=True)
+        _remove(self._root / action_id)
 
     def _end_group(self, folder: Path, own: "_Own | None") -> None:
         group = int((folder / "pid").read_text())
@@ -277,19 +289,22 @@ class UnitRunner:
             "SyslogIdentifier=casync-updater",
             f"LogExtraFields=CASYNC_UPDATER_ENTRY={action.entry}",
         ]
-        process.run(
-            [
-                "systemd-run",
-                "--quiet",
-                "--no-ask-password",
-                f"--unit={unit}",
-                f"--description=casync-updater: action of {action.entry}",
-                *(f"--property={setting}" for setting in properties),
-                "/bin/sh",
-                str(folder / "run").replace("$", "$$"),
-            ],
-            timeout=30.0,
-        )
+        try:
+            process.run(
+                [
+                    "systemd-run",
+                    "--quiet",
+                    "--no-ask-password",
+                    f"--unit={unit}",
+                    f"--description=casync-updater: action of {action.entry}",
+                    *(f"--property={setting}" for setting in properties),
+                    "/bin/sh",
+                    str(folder / "run").replace("$", "$$"),
+                ],
+                timeout=30.0,
+            )
+        except LocalError as error:
+            raise NotStartedError(f"{_called(action)} cannot be started: {error}") from error
         return handle
 
     def find(self, action_id: str) -> Handle | None:
@@ -320,7 +335,7 @@ class UnitRunner:
 
     def forget(self, action_id: str) -> None:
         """See `ActionRunner.forget`."""
-        shutil.rmtree(self._root / action_id, ignore_errors=True)
+        _remove(self._root / action_id)
         self._sweep()
 
     def _wait_for(self, pid: int, seconds: float) -> bool:
@@ -461,7 +476,7 @@ def _prepare(root: Path, action: Action, handle: Handle) -> Path:
         (folder / "run").write_bytes(script)
         (folder / "handle").write_text(json.dumps(asdict(handle)))
     except OSError as error:
-        raise LocalError(f"{what} cannot run: {folder}: {error.strerror}") from error
+        raise NotStartedError(f"{what} cannot run: {folder}: {error.strerror}") from error
     return folder
 
 
@@ -484,12 +499,18 @@ def _script(action: Action, folder: Path) -> bytes:
 
 
 def _await_start(folder: Path, clock: Clock, ended: Callable[[], bool]) -> None:
-    """Wait until the wrapper has noted its pid, or is over already."""
+    """Wait until the wrapper has noted its pid, or is over already.
+
+    Where it cannot note it (a full disk), it runs all the same.
+    """
     end = clock.monotonic() + _START_LIMIT
-    while not (folder / "pid").exists() and not ended():
-        if clock.monotonic() > end:
-            raise LocalError(f"the action in {folder} did not start in {_START_LIMIT:g} seconds")
+    while not (folder / "pid").exists() and not ended() and clock.monotonic() < end:
         clock.sleep(0.005)
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def _read_handle(folder: Path) -> Handle | None:
