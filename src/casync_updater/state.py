@@ -5,7 +5,7 @@
     STATE/NAME/state.json        this module's `State`, replaced as a whole
     STATE/NAME/state.json.broken what could not be read, set aside
     STATE/NAME/lock              held while a cycle runs
-    STATE/NAME/queued            a cycle that an action of the same entry asked for
+    STATE/NAME/queued            what actions of the same entry asked for: a command in JSON a line
     STATE/NAME/versions/HEX.*    per installed version, named by the SHA-256 of its index:
                                  .caidx/.caibx the index, .release the release's text,
                                  .signed (empty) where a signature of that was verified,
@@ -226,11 +226,6 @@ class StateFolder:
         """Where commands and lists of changed paths are kept for actions."""
         return self.path / "actions"
 
-    @property
-    def queued(self) -> Path:
-        """Marks that one more cycle was asked for while one is running."""
-        return self.path / "queued"
-
     def index(self, installed: Installed) -> Path:
         """The index of a version."""
         return self._version(installed, self._index_suffix)
@@ -374,6 +369,38 @@ class StateFolder:
         for file in folder.iterdir():
             if file.name.split(".")[0] not in named:
                 file.unlink()
+
+    def ask(self, *words: str) -> None:
+        """Leave a command to whoever holds the entry; see `asked`.
+
+        Raises:
+            LocalError: it cannot be written.
+        """
+        try:
+            with self._queued.open("a") as file:
+                file.write(json.dumps(words) + "\n")
+        except OSError as error:
+            raise LocalError(f"{self._queued}: {error.strerror}") from error
+
+    def asked(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that were left, each once, in their order."""
+        try:
+            lines = self._queued.read_text().splitlines()
+        except (OSError, ValueError):
+            return ()
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(tuple(map(str, json.loads(line))))
+        return tuple(dict.fromkeys(found))
+
+    def answered(self) -> None:
+        """The commands that `asked` gave are done, or will be without being asked again."""
+        self._queued.unlink(missing_ok=True)
+
+    @property
+    def _queued(self) -> Path:
+        return self.path / "queued"
 
     @contextlib.contextmanager
     def locked(self, reason: str, *, wait: float) -> Iterator[int]:

@@ -198,6 +198,51 @@ def test_an_action_that_asks_for_an_update_of_its_own_entry(small: Site, device:
     assert device.status()["installed"]["version"] == "1.0"
 
 
+def test_an_action_that_rolls_its_own_entry_back_and_resumes(
+    small: Site, device: Appliance
+) -> None:
+    """What an action knows to be wrong with a version: it goes, and a later one may come."""
+
+    def called(*words: str) -> str:
+        command = " ".join(shlex.quote(str(part)) for part in device.command(*words))
+        return f"if test $CASYNC_UPDATER_NEW_VERSION = 2.0; then {command}; fi >> {answer} 2>&1"
+
+    answer = device.folder / "answer"
+    device.entry["triggers"] = []
+    device.trigger(".", called("rollback", "tree"), device.note("$CASYNC_UPDATER_NEW_VERSION"))
+    device.update()
+    small.write("etc/app.conf", "second")
+    small.publish(version="2.0")
+    began = time.monotonic()
+    end = device.update()
+    assert time.monotonic() - began < 30
+    assert answer.read_text() == "tree: queued: it follows the cycle that this action belongs to\n"
+    assert "held" in end["message"]
+    assert device.status()["installed"]["version"] == "1.0"
+    assert device.status()["held"] == "rolled back to 1.0"
+    assert device.log() == ["1.0", "2.0", "1.0"]
+    assert not (device.state_dir / "tree" / "queued").exists()
+    device.entry["triggers"][0]["actions"][0] = "true"
+    device.run("resume", "tree")
+    assert device.update()["version"] == "2.0"
+    drive = device.folder / "drive"
+    drive.mkdir()
+    device.entry["triggers"][0]["actions"][0] = " ".join(
+        shlex.quote(str(part)) for part in device.command("export", "tree", drive)
+    )
+    small.write("etc/app.conf", "third")
+    small.publish(version="3.0")
+    assert device.update()["message"] == "up to date"
+    device.run("verify-store", drive)
+
+
+def test_a_command_left_in_the_background_does_not_ask_nobody(device: Appliance) -> None:
+    """It has the action's environment, and no cycle is there any more to queue for."""
+    device.update()
+    device.environment["CASYNC_UPDATER_ENTRY"] = "tree"
+    assert device.update()["message"] == "up to date"
+
+
 def test_nothing_but_actions_reaches_a_shell(tmp_path: Path) -> None:
     flat = "$(touch trap);`touch trap`;touch trap;'\"&|>trap"
     site = Site(tmp_path / "publisher $(touch trap) `touch trap`", name="a;touch trap;$(id).caidx")

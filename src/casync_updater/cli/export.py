@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from casync_updater.cli.single import add_name_parser, held
+from casync_updater.cli.single import add_name_parser, held, left_to_the_holder
 from casync_updater.errors import LocalError
 from casync_updater.model import Entry, Location
 
@@ -22,6 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder.absolute()
     if not folder.is_dir():
         raise LocalError(f"the folder {folder} does not exist")
+    if left_to_the_holder(arguments, lambda _folder: ("export", str(folder))):
+        return 0
     with held(arguments) as (entry, cycle):
         place = exported(entry, folder)
         done = cycle.export(place)

@@ -1,14 +1,8 @@
 """``resume``: updates go on after a rollback or a version that failed."""
 
 import argparse
-from dataclasses import replace
 
-from casync_updater.cli.context import chosen
-from casync_updater.cli.places import state_dir
-from casync_updater.cli.single import add_name_parser
-from casync_updater.state import StateFolder
-
-_PATIENCE = 60.0
+from casync_updater.cli.single import add_name_parser, held, left_to_the_holder
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,11 +12,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Clear an entry's hold and its bad marks."""
-    _, (entry,) = chosen(arguments, [arguments.name])
-    folder = StateFolder(state_dir(arguments), entry)
-    with folder.locked("resume", wait=_PATIENCE):
-        state = folder.load()
-        folder.save(replace(state, held=None, bad=()))
-    was = state.held or ("versions that failed" if state.bad else "nothing")
+    if left_to_the_holder(arguments, lambda _folder: ("resume",)):
+        return 0
+    with held(arguments) as (entry, operator):
+        was = operator.resume()
     print(f"{entry.name}: was held by {was}; the next cycle goes on")
     return 0

@@ -1,12 +1,15 @@
 """What the commands have in common that work on one entry, named on the command line."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
 from casync_updater.cli.monitors import monitor_for
+from casync_updater.cli.places import state_dir
 from casync_updater.cycle.operator import Operator
+from casync_updater.errors import BusyError
 from casync_updater.model import Entry, Reason
 from casync_updater.state import StateFolder
 
@@ -25,6 +28,40 @@ def add_name_parser(
     parser.add_argument("name", metavar="NAME", help="the entry")
     parser.set_defaults(run=run)
     return parser
+
+
+def left_to_the_holder(
+    arguments: argparse.Namespace, words: Callable[[StateFolder], tuple[str, ...]]
+) -> bool:
+    """Queue a command that an action of the same entry gives while its cycle runs.
+
+    Waiting for the lock would never end: whoever holds it waits for the action.
+
+    Args:
+        arguments: of the command line.
+        words: the command, as `cli.update` takes it from the queue.
+
+    Raises:
+        ConfigError: there is no such entry.
+    """
+    if os.environ.get("CASYNC_UPDATER_ENTRY") != arguments.name:
+        return False
+    _, (entry,) = chosen(arguments, [arguments.name])
+    folder = StateFolder(state_dir(arguments), entry)
+    if not in_use(folder):
+        return False  # A command that an action has left running in the background.
+    folder.ask(*words(folder))
+    print(f"{entry.name}: queued: it follows the cycle that this action belongs to")
+    return True
+
+
+def in_use(folder: StateFolder) -> bool:
+    """Whether somebody holds the entry."""
+    try:
+        with folder.locked("a look", wait=0.0):
+            return False
+    except BusyError:
+        return True
 
 
 @contextmanager

@@ -6,13 +6,18 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
+from casync_updater.cli.export import exported
 from casync_updater.cli.monitors import monitor_for
+from casync_updater.cli.single import in_use
+from casync_updater.cycle.act import Log
 from casync_updater.cycle.cycle import Cycle
+from casync_updater.cycle.operator import Operator
 from casync_updater.cycle.session import Surroundings
 from casync_updater.cycle.stop import StoppedError
-from casync_updater.errors import BusyError
+from casync_updater.errors import BusyError, UpdaterError
 from casync_updater.model import Entry, Monitor, Reason, Settings
 from casync_updater.reports import CycleEnd, Outcome, PipeMonitor
 from casync_updater.sources.base import shown
@@ -80,15 +85,15 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
     else:
         monitor = monitor_for(entry.name, quiet=arguments.json)
     folder = StateFolder(outside.state_dir, entry)
-    if os.environ.get("CASYNC_UPDATER_ENTRY") == entry.name:
+    if os.environ.get("CASYNC_UPDATER_ENTRY") == entry.name and in_use(folder):
         # An action of this very entry's cycle asks: waiting for the lock would never end.
-        folder.queued.touch()
+        folder.ask("update")
         return CycleEnd(Outcome.CURRENT, 0, "queued: one more cycle follows this one")
     try:
         with folder.locked(reason.value, wait=0.0 if reporting else _FOREVER) as lock:
             while True:
-                folder.queued.unlink(missing_ok=True)
                 log = entry_log(entry, reason)
+                _follow(folder, Operator(entry, outside, monitor, lock, log), entry, log)
                 if arguments.offline:
                     log.info(
                         "%s seems to be out of reach: one attempt of %g seconds, then %s",
@@ -98,7 +103,7 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
                     )
                 cycle = Cycle(entry, outside, monitor, lock, log)
                 end = cycle.run(reason, accept_legacy=arguments.accept_legacy)
-                if not folder.queued.exists() or end.outcome is Outcome.STOPPED:
+                if not folder.asked() or end.outcome is Outcome.STOPPED:
                     break
     except BusyError as error:
         end = CycleEnd(Outcome.BUSY, error.exit_code, str(error))
@@ -107,6 +112,26 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
     if reporting:
         pipe.finish(end)
     return end
+
+
+def _follow(folder: StateFolder, operator: Operator, entry: Entry, log: Log) -> None:
+    """Do what actions have asked for while the entry was held; a cycle follows in any case."""
+    for words in folder.asked():
+        if words != ("update",):
+            log.info("an action asked for: %s", " ".join(words[:1]))
+        try:
+            match words:
+                case ["rollback", digest]:
+                    operator.rollback_from(digest)
+                case ["resume"]:
+                    operator.resume()
+                case ["export", place]:
+                    operator.export(exported(entry, Path(place)))
+        except StoppedError:
+            raise
+        except UpdaterError as error:
+            log.error("%s", error)
+    folder.answered()
 
 
 def _show(name: str, end: CycleEnd) -> None:

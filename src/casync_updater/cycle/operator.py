@@ -135,6 +135,22 @@ class Operator(Session):
         name = older[0].installed.version or older[0].installed.digest[:12]
         return self._go_back(site, older[0], hold=f"rolled back to {name}", bad=())
 
+    def rollback_from(self, digest: str) -> None:
+        """Go back by hand, unless another version than the one that was meant is there now.
+
+        Raises:
+            UpdaterError: as for `rollback`.
+        """
+        installed = self.installed()
+        if installed is not None and installed.digest == digest:
+            self.rollback()
+
+    def resume(self) -> str:
+        """Clear a hold and the marks of versions that failed; gives what was in the way."""
+        state = self._folder.load()
+        self._folder.save(replace(state, held=None, bad=()))
+        return state.held or ("versions that failed" if state.bad else "nothing")
+
     def export(self, location: Location) -> Mirrored:
         """Make a drive of the installed version, or bring one up to date.
 
