@@ -299,6 +299,21 @@ class TestSpace:
         assert snapshot(appliance.destination) == before
         assert appliance.verify() == {}
 
+    def test_what_is_not_needed_goes_before_it_gives_up(
+        self, site: Site, appliance: Appliance, small: Path
+    ) -> None:
+        """What a kill has left of earlier cycles, and what was fetched for tries cut off."""
+        appliance.update()
+        for name in ("previous-1-of-another-life", "left-0"):
+            (appliance.staging / name).mkdir()
+            (appliance.staging / name / "large").write_bytes(bytes(1_500_000))
+        fill(small, leave=4_500_000)
+        site.write("more", random.Random(5).randbytes(1_000_000))
+        site.publish()
+        end = appliance.update()
+        assert end["outcome"] == "updated"
+        assert "removing what nobody needs" in end["stderr"]
+
 
 OLD = ("--with=2sec-time",)
 

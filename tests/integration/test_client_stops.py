@@ -126,6 +126,32 @@ def test_stopped_while_an_action_runs(site: Site, appliance: Appliance) -> None:
     assert appliance.status()["pending"] == []
 
 
+def test_cut_off_twice_and_nothing_is_fetched_twice(
+    site: Site, server: WebServer, appliance: Appliance
+) -> None:
+    """The second try is ended long before it has copied what the first one left."""
+    appliance.settings("[fetch]\nconnections = 1\n")
+    appliance.update()
+    site.write("large", random.Random(1).randbytes(12_000_000))
+    site.publish(version="2.0")
+    server.requests.clear()
+    server.fail("*.cacnk", delay=0.01)
+    for number in (60, 63, 66):
+        with appliance.start("update") as process:
+            deadline = time.monotonic() + 60
+            while len(server.paths("*.cacnk")) < number:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
+    assert len(list(appliance.staging.glob("left-*.journal"))) == 1
+    assert appliance.update()["outcome"] == "updated"
+    fetched = server.paths("*.cacnk")
+    in_flight = 3 * 8  # half a megabyte, in chunks of 64 kB
+    assert len(fetched) - len(set(fetched)) <= in_flight
+
+
 def test_two_at_once(site: Site, server: WebServer, appliance: Appliance) -> None:
     appliance.trigger(".")
     server.fail("*.cacnk", delay=0.05)
@@ -267,6 +293,21 @@ class TestHealth:
         assert appliance.update()["outcome"] == "current"
         appliance.run("resume", "tree")
         assert appliance.update()["version"] == "bad 1.2"
+
+    def test_the_way_further_back_is_kept(self, site: Site, appliance: Appliance) -> None:
+        """A version that failed does not take the place of the one before the last."""
+        appliance.entry["healthCheck"] = [f"! grep bad {appliance.destination}/version"]
+        for version in ("1.1", "1.2"):
+            updated(site, version)
+            appliance.update()
+        updated(site, "bad")
+        assert "back to 1.2" in appliance.update(code=1)["message"]
+        appliance.update()
+        (kept,) = appliance.staging.glob("previous-*")
+        assert (kept / "version").read_text() == "1.1"
+        appliance.run("rollback", "tree")
+        assert appliance.status()["installed"]["version"] == "1.1"
+        assert appliance.verify() == {}
 
     def test_a_newer_version_after_a_bad_one(self, site: Site, appliance: Appliance) -> None:
         appliance.entry["healthCheck"] = [f"! grep bad {appliance.destination}/version"]

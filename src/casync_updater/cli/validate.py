@@ -5,7 +5,7 @@ from pathlib import Path
 
 from casync_updater.cli.context import configuration
 from casync_updater.cli.places import state_dir
-from casync_updater.cycle.staging import survey
+from casync_updater.cycle.staging import Site, survey, try_exchange
 from casync_updater.errors import ConfigError, LocalError
 from casync_updater.sources.base import shown
 from casync_updater.state import StateFolder
@@ -31,11 +31,20 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             state = StateFolder(state_dir(arguments), entry).peek()
             site = survey(entry, state.no_exchange)
+            why = site.why or _tried(site)
         except LocalError as error:
             print(f"{entry.name}: note: {error}")
             continue
-        how = f"in place, not atomic: {site.why}" if site.why else "atomically"
+        how = f"in place, not atomic: {why}" if why else "atomically"
         print(f"{entry.name}: {shown(entry.source.index)} -> {site.destination} ({how})")
     if found.problems or found.warnings:
         raise ConfigError(*found.problems, *found.warnings)
     return 0
+
+
+def _tried(site: Site) -> str | None:
+    """Why an exchange does not work; None also for who may not try."""
+    try:
+        return try_exchange(site, site.staging.with_name(f"{site.staging.name}-try"))
+    except (LocalError, OSError):
+        return None

@@ -15,14 +15,22 @@ import zstandard
 from casync_updater import trust
 from casync_updater.cycle import act, commit
 from casync_updater.cycle.builders.casync import CasyncBuilder
-from casync_updater.cycle.builders.extractor import ExtractBuilder
+from casync_updater.cycle.builders.extractor import ExtractBuilder, leftover_files
 from casync_updater.cycle.check import load
 from casync_updater.cycle.extract import supported
 from casync_updater.cycle.mirror import Condition, Mirror, present
 from casync_updater.cycle.plan import plan
 from casync_updater.cycle.record import kept_index, kept_nodes
 from casync_updater.cycle.session import Session
-from casync_updater.cycle.staging import Site, garbage, identity, remove, survey
+from casync_updater.cycle.staging import (
+    Site,
+    garbage,
+    identity,
+    make_staging,
+    remove,
+    survey,
+    try_exchange,
+)
 from casync_updater.cycle.stop import StoppedError
 from casync_updater.cycle.tree import archive_digest, differences
 from casync_updater.cycle.values import Builder, Candidate, Checked, Newer, Offer, Plan, UpToDate
@@ -31,6 +39,7 @@ from casync_updater.errors import (
     ContentError,
     LocalError,
     MissingError,
+    SpaceError,
     TrustError,
     UpdaterError,
     exit_code,
@@ -110,7 +119,8 @@ class Cycle(Session):
             self._mirror(site, checked)
             return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
         with _blamed(offer.candidate.origin):
-            commands = self._installed_somehow(site, offer, checked, reason)
+            commands = self._installed_somehow(offer, checked, reason)
+        site = survey(self._entry, self._state.no_exchange)
         self._note(checked)
         self._prove(site)
         self._mirror(site, checked)
@@ -123,18 +133,32 @@ class Cycle(Session):
             commands,
         )
 
-    def _installed_somehow(
-        self, site: Site, offer: Offer, checked: Checked, reason: Reason
-    ) -> tuple[str, ...]:
-        """Install with one exchange, or in place where that is found not to work."""
+    def _installed_somehow(self, offer: Offer, checked: Checked, reason: Reason) -> tuple[str, ...]:
+        """Install with one exchange, or in place where that is found not to work.
+
+        That is tried before anything is fetched; the answer may have changed since the last time.
+        """
+        site = self._tried()
         try:
             return self._install(site, offer, checked, reason)
         except commit.NoExchangeError as error:
-            self._state = replace(self._state, no_exchange=str(error))
-            self._folder.save(self._state)
-            site = survey(self._entry, self._state.no_exchange)
             self._log.warning("%s: updating in place, which is not atomic", error)
-            return self._install(site, offer, checked, reason)
+            return self._install(self._without_exchange(str(error)), offer, checked, reason)
+
+    def _tried(self) -> Site:
+        """The destination's place, after trying whether an exchange can work there."""
+        site = survey(self._entry, None)
+        if site.apply is Apply.IN_PLACE or not site.destination.is_dir():
+            return survey(self._entry, self._state.no_exchange)
+        make_staging(site)
+        return self._without_exchange(try_exchange(site, site.staging / "try"))
+
+    def _without_exchange(self, why: str | None) -> Site:
+        """Remember why an exchange does not work, for `status` and the next start."""
+        if why != self._state.no_exchange:
+            self._state = replace(self._state, no_exchange=why)
+            self._folder.save(self._state)
+        return survey(self._entry, why)
 
     def _renew(self, candidate: Candidate) -> None:
         """Keep the text of a release that was signed again: the backup drive gets it as well."""
@@ -282,15 +306,7 @@ class Cycle(Session):
         version = offer.candidate.version
         self._monitor.step(Step.PLAN, version)
         with contextlib.ExitStack() as shield, contextlib.ExitStack() as stack:
-            planned = plan(
-                offer,
-                site,
-                self._state,
-                self._folder,
-                spool=self._spool,
-                preserve=self._entry.preserve,
-                stack=stack,
-            )
+            planned = self._planned(site, offer, stack)
             if site.why is not None:
                 self._log.warning(
                     "%s is updated in place, which is not atomic: %s", site.destination, site.why
@@ -339,6 +355,42 @@ class Cycle(Session):
             len(verified.changes.removed),
         )
         return self._act(version)
+
+    def _planned(self, site: Site, offer: Offer, stack: contextlib.ExitStack) -> Plan:
+        """Plan; where there is too little room, again without what can be done without.
+
+        First what earlier cycles left and nobody needs; then what tries that were cut off have
+        fetched already.
+        """
+
+        def planned() -> Plan:
+            attempt = contextlib.ExitStack()
+            stack.push(attempt)
+            try:
+                return plan(
+                    offer,
+                    site,
+                    self._state,
+                    self._folder,
+                    spool=self._spool,
+                    preserve=self._entry.preserve,
+                    stack=attempt,
+                )
+            except SpaceError:
+                attempt.close()
+                raise
+
+        for keep_leftovers in (True, False):
+            try:
+                return planned()
+            except SpaceError as error:
+                self._log.info(
+                    "%s; removing what %s",
+                    error,
+                    "nobody needs" if keep_leftovers else "tries that were cut off have fetched",
+                )
+                self._sweep(site, keep_leftovers=keep_leftovers)
+        return planned()
 
     def _builder(self, planned: Plan) -> Builder:
         """The own extractor wherever it can; who else is never chosen silently."""
@@ -451,15 +503,28 @@ class Cycle(Session):
     def _prune(self, site: Site) -> None:
         """Remove what no state names any longer: it forgets first, so that it names no ruin.
 
-        Also what a kill has left of earlier cycles, hence after every cycle.
+        Also what a kill has left of earlier cycles, hence after every cycle. A version that was
+        left by going back is none to go back to, and takes no place of those that are.
         """
-        stay = self._state.previous[: self._entry.keep]
+        stay = tuple(self._older_versions()[: self._entry.keep])
         if stay != self._state.previous:
             self._state = replace(self._state, previous=stay)
             self._folder.save(self._state)
-        remove(self._spool.parent)
         self._folder.forget_versions(self._state)
+        self._sweep(site)
+
+    def _sweep(self, site: Site, *, keep_leftovers: bool = False) -> None:
+        """Remove what is in the staging folder and in the cache, and nobody needs.
+
+        Args:
+            site: the destination.
+            keep_leftovers: what the next try would take from there instead of fetching it stays.
+        """
         named = {kept.folder for kept in self._state.previous}
+        if keep_leftovers:
+            named |= {path.name for path in leftover_files(site)}
+        else:
+            remove(self._spool.parent)
         if found := garbage(site, named, self._entry.preserve):
             with self._own_touch(site):
                 for path in found:

@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -146,6 +147,47 @@ def make_staging(site: Site) -> str:
         return site.token_file.read_text(encoding="ascii")
     except OSError as error:
         raise LocalError(f"{site.staging} cannot be used: {error.strerror}") from error
+
+
+def try_exchange(site: Site, place: Path) -> str | None:
+    """Find out whether the destination can be exchanged, without doing it.
+
+    Two folders of our own are exchanged, which shows what the file system can do. And the
+    destination itself is renamed onto a folder that is not empty. That never happens, but what
+    cannot be renamed at all fails with another error, and first: a folder of a lower layer of
+    overlayfs with EXDEV, since it would have to be copied up.
+
+    Args:
+        site: the destination.
+        place: a folder on the same file system, made for this and removed again.
+
+    Returns:
+        Why an exchange cannot work there; None where it can.
+
+    Raises:
+        LocalError: `place` cannot be removed.
+        OSError: something else is in the way.
+    """
+    if site.apply is Apply.IN_PLACE or not site.destination.is_dir():
+        return None
+    remove(place)
+    try:
+        for name in ("one", "two"):
+            (place / name).mkdir(parents=True)
+        (place / "full" / "inner").mkdir(parents=True)
+        syscalls.exchange(place / "one", place / "two")
+        site.destination.rename(place / "full")
+    except PermissionError:
+        return None  # an immutable folder, say: the plan names it
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return None
+        if error.errno in syscalls.NO_EXCHANGE:
+            return f"an exchange does not work there ({error.strerror})"
+        raise
+    finally:
+        remove(place)
+    raise AssertionError(f"{site.destination} was renamed onto a folder that is not empty")
 
 
 def identity(path: Path) -> Identity | None:

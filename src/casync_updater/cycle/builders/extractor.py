@@ -1,6 +1,7 @@
 """Builds an archive's tree with the project's own extractor, beside the destination."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from casync_updater.cycle.extract import Leftover, extract
 from casync_updater.cycle.staging import Site, make_staging, remove
 from casync_updater.cycle.values import Plan, Staged
 from casync_updater.errors import LocalError
+from casync_updater.formats.index import Index
 from casync_updater.model import Monitor
 from casync_updater.sources.base import Chunks
 
@@ -18,32 +20,75 @@ def _journal(tree: Path) -> Path:
     return tree.with_name(f"{tree.name}.journal")
 
 
-def leftovers(site: Site, stack: contextlib.ExitStack) -> tuple[Leftover, ...]:
-    """What an earlier try left in the staging folder, put aside for the next one.
+def leftovers(site: Site, index: Index, stack: contextlib.ExitStack) -> tuple[Leftover, ...]:
+    """What earlier tries left in the staging folder, put aside for the next one.
+
+    A try that is cut off before it has copied what the one before it left must not cost that, so
+    all stay that have something which the others have not. A try for the same index leaves a
+    longer or a shorter beginning of the same stream: there one stays.
 
     Args:
         site: the destination.
+        index: what is to be built.
         stack: closes what is opened, when the new tree is built.
 
     Raises:
-        LocalError: it cannot be put aside.
+        LocalError: something cannot be put aside.
     """
-    left = site.staging / "left"
-    if site.new.is_dir() and _journal(site.new).exists():
-        remove(left)
-        remove(_journal(left))
-        try:
-            _journal(site.new).rename(_journal(left))
-            site.new.rename(left)
-        except OSError as error:
-            raise LocalError(f"{site.staging} cannot be used: {error.strerror}") from error
-    if not left.is_dir():
-        return ()
-    tree = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    stack.callback(os.close, tree)
-    found = Leftover(_journal(left), tree)
-    stack.callback(found.close)
-    return (found,)
+    try:
+        _put_aside(site)
+    except OSError as error:
+        raise LocalError(f"{site.staging} cannot be used: {error.strerror}") from error
+    sizes = {ref.id: ref.size for ref in index}
+    found = []
+    for tree in site.staging.glob(f"{_LEFT}*"):
+        if not tree.is_dir():
+            continue
+        root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, root)
+        leftover = Leftover(_journal(tree), root)
+        stack.callback(leftover.close)
+        found.append((sizes.keys() & leftover.chunks.keys(), tree, leftover))
+    found.sort(key=lambda item: sum(sizes[chunk] for chunk in item[0]), reverse=True)
+    known: set[bytes] = set()
+    stay = []
+    for chunks, tree, leftover in found:
+        if chunks <= known:
+            remove(tree)
+            remove(_journal(tree))
+        else:
+            known |= chunks
+            stay.append(leftover)
+    return tuple(stay)
+
+
+def leftover_files(site: Site) -> tuple[Path, ...]:
+    """What `leftovers` looks at."""
+    return (site.new, _journal(site.new), *site.staging.glob(f"{_LEFT}*"))
+
+
+def _put_aside(site: Site) -> None:
+    """Give the tree that was cut off, if there is one, a name of its own.
+
+    The journal follows its tree: a kill between the two leaves it alone where the tree was, and
+    the tree without one.
+    """
+    journal = _journal(site.new)
+    if not journal.exists():
+        return
+    trees = [tree for tree in site.staging.glob(f"{_LEFT}*") if tree.is_dir()]
+    alone = [tree for tree in trees if not _journal(tree).exists()]
+    if site.new.is_dir():
+        names = (site.staging / f"{_LEFT}{number}" for number in itertools.count())
+        alone = [next(name for name in names if name not in trees)]
+        site.new.rename(alone[0])
+    if alone:
+        journal.rename(_journal(alone[0]))
+    else:
+        remove(journal)
+
+
+_LEFT = "left-"
 
 
 class ExtractBuilder:
@@ -88,6 +133,8 @@ class ExtractBuilder:
                     os.close(root)
             finally:
                 os.close(journal)
+        except LocalError as error:
+            raise type(error)(f"{site.destination}: {error}") from error
         except OSError as error:
             raise LocalError(f"{site.new} cannot be built: {error.strerror}") from error
         # A tree with a journal is one that was cut off: this one is whole.

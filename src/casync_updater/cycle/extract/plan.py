@@ -57,7 +57,8 @@ class ExtractPlan:
     fetch_bytes: int
     """Bytes of the chunks that are fetched, uncompressed."""
     write_bytes: int
-    """About how many bytes of file content are written: what is fetched and old files around."""
+    """About how many bytes of file content are written: what is fetched or copied from what was
+    left over, and old files around."""
 
     def refs(self) -> Iterator[ChunkRef]:
         """The chunks to fetch, each once, in the order they are needed in."""
@@ -129,7 +130,7 @@ def plan_extract(
     rewritten = 0
     if installed is not None and installed.record.index.hash_name == new.hash_name:
         rewritten = _map(new, ends, installed, local)
-    fetch_bytes = 0
+    fetch_bytes = left_bytes = 0
     repeats: dict[bytes, int] = {}
     seen: set[bytes] = set()
     begin = 0
@@ -138,13 +139,14 @@ def plan_extract(
             name = chunk_id(new, number)
             if any(name in leftover.chunks for leftover in leftovers):
                 local[number] = LEFT_OVER
+                left_bytes += end - begin
             elif name in seen:
                 repeats[name] = repeats.get(name, 0) + 1
             else:
                 seen.add(name)
                 fetch_bytes += end - begin
         begin = end
-    write_bytes = fetch_bytes + rewritten
+    write_bytes = fetch_bytes + left_bytes + rewritten
     return ExtractPlan(new, installed, ends, local, leftovers, repeats, fetch_bytes, write_bytes)
 
 
