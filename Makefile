@@ -37,9 +37,9 @@ TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps pyth
 	python3-pytest python3-pytest-xdist python3-typeshed
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring dosfstools exfatprogs fdisk iproute2 \
-	kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common qemu-system-x86 \
-	qemu-user-static systemd-container
+SYSTEM_PACKAGES := apt-utils btrfs-progs cpio debian-archive-keyring dosfstools exfatprogs fdisk \
+	iproute2 kmod mmdebstrap mtools nftables python3-pyfuse3 qemu-system-arm \
+	qemu-system-common qemu-system-x86 qemu-user-static systemd-container xfsprogs
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -123,12 +123,20 @@ campaign     = PYTHONPATH=src:tests $(PYTHON) tests/campaigns/$(1).py --seed $(S
 	--count $(or $(COUNT),$(2))
 
 .PHONY: campaign-kill
-campaign-kill: deps ## SIGKILL at every step by name, then at random instants (about an hour)
+campaign-kill: deps ## SIGKILL at every step by name, then at random instants
 	@$(call campaign,kill,2000)
 
 .PHONY: campaign-power
 campaign-power: deps ## Power cuts on a disk that remembers its writes (root; qemu-system-common)
 	@$(call campaign,power,200)
+
+.PHONY: campaign-vm
+campaign-vm: deps ## Power cuts of a virtual machine with the package (root)
+	@$(call campaign,vm,100)
+
+.PHONY: campaign-errors
+campaign-errors: deps ## EIO, ENOSPC, EROFS at each write, in every place (root; FUSE)
+	@$(call campaign,errors,500)
 
 .PHONY: campaign-enospc
 campaign-enospc: deps ## Full disks, before and in the middle of updates (root)

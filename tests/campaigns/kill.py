@@ -7,6 +7,7 @@ makes every action run exactly once, however often the updater is killed.
 """
 
 import argparse
+import ctypes
 import random
 import shutil
 import signal
@@ -68,7 +69,9 @@ class Story:
 
     @property
     def has_way_back(self) -> bool:
-        """False after a bad version, which is then the only one that is kept."""
+        """False after a bad version: that is what a resumed entry would come to again."""
+        if list(self.world.versions.values())[-1].bad:
+            return False
         kept = [one["installed"]["version"] for one in self.world.state["previous"]]
         return any(not self.world.versions[name].bad for name in kept)
 
@@ -273,6 +276,11 @@ def parts(options: argparse.Namespace, folder: Path) -> Iterator[Part]:
         yield Part(name, folder / name, f"{options.seed} {name}", count=count, kind=kind)
 
 
+def _end_with_the_parent() -> None:
+    """However the campaign ends, its worlds end with it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
@@ -286,7 +294,9 @@ def main() -> int:
     folder = workplace("/dev/shm" if Path("/dev/shm").is_dir() else None)
     begin = time.monotonic()
     failed: list[str] = []
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), initializer=_end_with_the_parent
+    ) as pool:
         running = {pool.submit(part.run): part for part in parts(options, folder)}
         for future in as_completed(running):
             part = running[future]
