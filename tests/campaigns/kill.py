@@ -229,8 +229,10 @@ def randomly(folder: Path, rng: random.Random, count: int, **kind: bool) -> int:
 
 def _forget_old_versions(world: World) -> None:
     """Keep the campaign's own memory, disk and log short."""
+    state = world.state
+    there = {one["installed"]["version"] for one in (state, *state["previous"])}
     for name in list(world.versions)[:-6]:
-        if name != world.state["installed"]["version"]:
+        if name not in there:
             world.versions[name].tree.clear()
 
 
