@@ -90,7 +90,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory, packages: list[Path]) -> Itera
         with serve_packages(machine.host, repository) as server:
             configure_apt(machine, server, repository)
             machine.run("apt-get", "-qq", "update")
-            machine.run("apt-get", "install", "-y", "--no-install-recommends", "casync-updater")
+            install = ("apt-get", "install", "-y", "--no-install-recommends", "casync-updater")
+            machine.run(*install, timeout=600)
         yield Lab(machine, folder)
 
 
