@@ -69,7 +69,9 @@ class Story:
 
     @property
     def has_way_back(self) -> bool:
-        """False after a bad version, which is then the only one that is kept."""
+        """False after a bad version: that is what a resumed entry would come to again."""
+        if list(self.world.versions.values())[-1].bad:
+            return False
         kept = [one["installed"]["version"] for one in self.world.state["previous"]]
         return any(not self.world.versions[name].bad for name in kept)
 
@@ -227,8 +229,10 @@ def randomly(folder: Path, rng: random.Random, count: int, **kind: bool) -> int:
 
 def _forget_old_versions(world: World) -> None:
     """Keep the campaign's own memory, disk and log short."""
+    state = world.state
+    there = {one["installed"]["version"] for one in (state, *state["previous"])}
     for name in list(world.versions)[:-6]:
-        if name != world.state["installed"]["version"]:
+        if name not in there:
             world.versions[name].tree.clear()
 
 

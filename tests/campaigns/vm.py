@@ -13,6 +13,7 @@ import contextlib
 import json
 import random
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -56,7 +57,8 @@ class VirtualCampaign(PowerCampaign):
     def run(self, count: int) -> Counter[str]:
         """Record and replay; gives how many states of each style were survived."""
         log, base = self._folder / "log.img", self._folder / "base.img"
-        shutil.copy(self._system.disk, base)
+        copy = ("cp", "--sparse=always", "--reflink=auto", self._system.disk, base)
+        subprocess.run(copy, check=True)
         self._log = WriteLog(self._folder, log, base)
         machine = VirtualMachine(self._system, self._folder / "vm", write_log=log)
         with self._world, machine as self._machine:

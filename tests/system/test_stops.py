@@ -90,7 +90,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory, packages: list[Path]) -> Itera
         with serve_packages(machine.host, repository) as server:
             configure_apt(machine, server, repository)
             machine.run("apt-get", "-qq", "update")
-            machine.run("apt-get", "install", "-y", "--no-install-recommends", "casync-updater")
+            install = ("apt-get", "install", "-y", "--no-install-recommends", "casync-updater")
+            machine.run(*install, timeout=600)
         yield Lab(machine, folder)
 
 
@@ -123,6 +124,7 @@ def test_stopped_while_it_builds(lab: Lab, verb: str) -> None:
     lab.forget(name)
 
 
+@pytest.mark.long
 def test_stopped_at_any_moment(lab: Lab) -> None:
     """Whatever is cut short, a commit included: one version, and each action once."""
     name = "any-moment"

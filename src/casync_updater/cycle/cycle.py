@@ -169,8 +169,9 @@ class Cycle(Session):
     def _tried(self) -> Site:
         """The destination's place, after trying whether an exchange can work there."""
         site = survey(self._entry, None)
-        if site.apply is Apply.ATOMIC and site.destination.is_dir():
-            make_staging(site)
+        if site.apply is Apply.IN_PLACE or not site.destination.is_dir():
+            return survey(self._entry, self._state.no_exchange)
+        make_staging(site)
         return self._without_exchange(try_exchange(site, site.staging / "try"))
 
     def _without_exchange(self, why: str | None) -> Site:

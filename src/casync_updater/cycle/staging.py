@@ -177,10 +177,12 @@ def try_exchange(site: Site, place: Path) -> str | None:
         (place / "full" / "inner").mkdir(parents=True)
         syscalls.exchange(place / "one", place / "two")
         site.destination.rename(place / "full")
-    except PermissionError:
-        return None  # an immutable folder, say: the plan names it
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return None
+        # Immutable, or full: the plan says so, and makes room. What an exchange answers is seen
+        # at the commit then.
+        if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT):
             return None
         if error.errno in syscalls.NO_EXCHANGE:
             return f"an exchange does not work there ({error.strerror})"

@@ -1,5 +1,6 @@
 """Promised actions: which, in what order, and how often."""
 
+import errno
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ from casync_updater.model import (
     Trigger,
 )
 from casync_updater.state import ActionState, PendingAction, State, StateFolder
-from casync_updater.tools.actions import Action, ActionResult, Handle
+from casync_updater.tools.actions import Action, ActionResult, Handle, NotStartedError
 from support.fakes import FolderRunner
 
 OK = ActionResult(code=0)
@@ -263,3 +264,59 @@ def test_a_health_check_that_was_left_is_collected(tmp_path: Path) -> None:
         stage.actor().examine(("a",), "2")
     assert stage.actor().examine(("a",), "2") is None
     assert stage.runner.started == ["a", "a", "a"]
+
+
+class FullDisk(FolderRunner):
+    """Has no room for the first start."""
+
+    failures = 1
+
+    def start(self, action: Action) -> Handle:
+        if self.failures:
+            self.failures -= 1
+            raise NotStartedError("No space left on device")
+        return super().start(action)
+
+
+class FailingDisk(FolderRunner):
+    """Cannot remove what it kept of an action, at the first try."""
+
+    failures = 1
+
+    def forget(self, action_id: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        super().forget(action_id)
+
+
+def test_what_cannot_be_started_now_stays_promised(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "one", "two")
+    stage.runner = FullDisk(tmp_path / "runner")
+    with pytest.raises(NotStartedError):
+        stage.act()
+    assert [command for command, _ in stage.states()] == ["one", "two"]
+    assert stage.runner.started == []
+    assert stage.act() == (("one", "two"), ())
+    assert stage.runner.started == ["one", "two"]
+
+
+def test_a_disk_that_fails_afterwards_repeats_no_action(tmp_path: Path) -> None:
+    """Whoever goes on after an error goes on from what was saved last."""
+    stage = Stage(tmp_path, "one", "two")
+    stage.runner = FailingDisk(tmp_path / "runner")
+    actor = stage.actor()
+    with pytest.raises(OSError, match="Input/output"):
+        actor.act(stage.folder.load())
+    assert actor.saved == stage.folder.load()
+    assert stage.states() == [("one", ActionState.ENDED), ("two", ActionState.WAITING)]
+    stage.act()
+    assert stage.runner.started == ["one", "two"]
+
+
+def test_a_health_check_that_cannot_be_started_has_not_failed(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.runner = FullDisk(tmp_path / "runner")
+    with pytest.raises(NotStartedError):
+        stage.actor().examine(["check"], "about")
+    assert stage.actor().examine(["check"], "about") is None

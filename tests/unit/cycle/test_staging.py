@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from casync_updater.cycle.staging import (
+    Site,
     identity,
     is_mount_point,
     make_staging,
     mounts_below,
     remove,
     survey,
+    try_exchange,
 )
 from casync_updater.errors import LocalError
 from casync_updater.model import Apply, Entry, Location
@@ -221,3 +223,22 @@ def test_identity_is_that_of_the_node_itself(tmp_path: Path) -> None:
     assert found is not None
     assert found.inode == (tmp_path / "link").lstat().st_ino
     assert identity(tmp_path / "nowhere") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_a_full_file_system_says_nothing_about_exchanges(tmp_path: Path) -> None:
+    """The plan has to come to the point where it makes room."""
+    place = tmp_path / "small"
+    place.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64k,nr_inodes=5", "none", str(place)]
+    if subprocess.run(["mount", *options], check=False).returncode:
+        pytest.skip("no mounts here")
+    try:
+        tree = place / "tree"
+        tree.mkdir()
+        site = Site(tree, place / ".tree.casync-updater", Apply.ATOMIC, None)
+        make_staging(site)
+        assert try_exchange(site, site.staging / "try") is None
+        assert sorted(site.staging.iterdir()) == [site.token_file]
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
