@@ -79,7 +79,8 @@ def _one(name: str, folder: Path, arguments: argparse.Namespace) -> bool:
         flush=True,
     )
     if done.returncode:
-        print(said[-4000:], flush=True)
+        found = [line for line in said.splitlines() if not line.startswith(("#", "INFO"))]
+        print("\n".join(found[-60:]), flush=True)
     return done.returncode != 0
 
 

@@ -291,3 +291,14 @@ def test_whatever_the_file_says_nothing_is_raised(
     settings, problems, warnings = load_settings(folder / "any.conf")
     assert isinstance(settings, Settings)
     assert all(message.isprintable() for message in problems + warnings)
+
+
+def test_a_line_of_json_takes_no_age(tmp_path: Path) -> None:
+    """ConfigObj would try every way to read its quotes, for hours."""
+    text = "[trust]\n{" + '"key": "value", ' * 40 + "= }\nrequire = yes\n"
+    settings, problems, _ = load_settings(written(tmp_path, text))
+    assert settings.trust.require is True
+    assert "line 2" in problems[0]
+    assert "more than 20 quotes" in problems[0]
+    _, problems, _ = load_settings(written(tmp_path, "[trust]\n# " + '"a", ' * 40 + "\n"))
+    assert problems == ()
