@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems"),
 ]
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 class Lab:

@@ -38,6 +38,12 @@ def _mount(order: Order, node: str) -> int:
     try:
         mounting.mount(node, Path(order.point))
     except LocalError as error:
-        LOG.error("drive %s (%s, %s) cannot be mounted: %s", order.title, node, order.type, error)
+        LOG.error(
+            "drive %s (%s, %s) cannot be mounted (the journal has what mount said): %s",
+            order.title,
+            node,
+            order.type,
+            error,
+        )
         return 1
     return 0

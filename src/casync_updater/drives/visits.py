@@ -153,7 +153,8 @@ class Visits:
     def came(self, device: Device, table: Table, now: float) -> None:
         """A block device is there, or its content changed."""
         known = self._of(device.node)
-        if known is not None and known.device == device:
+        # One that is in use is what it is: udev speaks of it again for many reasons.
+        if known is not None and (known.stage in _ACTIVE or known.device == device):
             return
         if known is not None:
             self.left(device.node)

@@ -34,7 +34,7 @@ def mount(node: str, point: Path) -> None:
         raise LocalError("drives are mounted through systemd, which does not run here")
     process.run(
         [
-            *("systemd-mount", "--quiet", "--no-ask-password", "--collect", "--fsck=no"),
+            *("systemd-mount", "--no-ask-password", "--collect", "--fsck=no"),
             f"--options={','.join(OPTIONS)}",
             "--property=LazyUnmount=yes",
             f"--description=casync-updater: drive at {point}",

@@ -96,6 +96,7 @@ def test_it_is_visited_once_for_each_time_it_is_plugged_in() -> None:
     table.plug()
     table.mount(MOUNT, "a")
     table.plug()
+    table.plug(replace(STICK, label="", usage="", uuid=""))
     table.cycle("a")
     table.plug()
     table.unmount()
