@@ -34,13 +34,14 @@ RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-de
 	python3-zstandard
 BUILD_PACKAGES := build-essential debhelper dh-python lintian \
 	pybuild-plugin-pyproject python3-all python3-setuptools
-TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps python3-hypothesis \
-	python3-pytest python3-pytest-xdist python3-typeshed python3-yaml shellcheck
+CHECK_PACKAGES := bash-completion gpg gpg-agent python3-hypothesis python3-pytest
+TEST_PACKAGES := $(CHECK_PACKAGES) e2fsprogs man-db mypy procps python3-pytest-xdist \
+	python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring debootstrap debos dosfstools exfatprogs \
-	fdisk iproute2 kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common \
-	qemu-system-x86 qemu-user-static systemd-container
+SYSTEM_PACKAGES := apt-utils btrfs-progs cpio debian-archive-keyring debootstrap debos dosfstools \
+	exfatprogs fdisk iproute2 kmod mmdebstrap mtools nftables python3-pyfuse3 qemu-system-arm \
+	qemu-system-common qemu-system-x86 qemu-user-static systemd-container xfsprogs
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -124,12 +125,20 @@ campaign     = PYTHONPATH=src:tests $(PYTHON) tests/campaigns/$(1).py --seed $(S
 	--count $(or $(COUNT),$(2))
 
 .PHONY: campaign-kill
-campaign-kill: deps ## SIGKILL at every step by name, then at random instants (about an hour)
+campaign-kill: deps ## SIGKILL at every step by name, then at random instants
 	@$(call campaign,kill,2000)
 
 .PHONY: campaign-power
 campaign-power: deps ## Power cuts on a disk that remembers its writes (root; qemu-system-common)
 	@$(call campaign,power,200)
+
+.PHONY: campaign-vm
+campaign-vm: deps ## Power cuts of a virtual machine with the package (root)
+	@$(call campaign,vm,100)
+
+.PHONY: campaign-errors
+campaign-errors: deps ## EIO, ENOSPC, EROFS at each write, in every place (root; FUSE)
+	@$(call campaign,errors,500)
 
 .PHONY: campaign-enospc
 campaign-enospc: deps ## Full disks, before and in the middle of updates (root)
@@ -171,8 +180,9 @@ bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTr
 # dpkg-buildpackage leaves its results beside the source, hence the copy; and another Python on
 # PATH would be taken for Debian's, hence the clean environment.
 .PHONY: deb
-deb: deps ## Build the Debian packages into build/deb
-	@rm -rf build/deb
+deb: ## Build the Debian packages into build/deb
+	@$(call install,$(RUN_PACKAGES) $(BUILD_PACKAGES) $(CHECK_PACKAGES))
+	rm -rf build/deb
 	mkdir -p build/deb/source
 	tar --exclude-vcs --exclude=./build --exclude='.*_cache' --exclude=__pycache__ \
 		--exclude='*.egg-info' -c . | tar -x -C build/deb/source

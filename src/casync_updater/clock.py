@@ -1,8 +1,20 @@
 """Time as an interface, so that tests can move it."""
 
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def moment(seconds: float) -> datetime:
+    """Seconds since 1970 as a date, also where time_t ends in 2038 (Debian 12 with 32 bits).
+
+    Raises:
+        OverflowError: it is not within the years 1 to 9999.
+    """
+    return _EPOCH + timedelta(seconds=seconds)
 
 
 class Clock(Protocol):

@@ -12,9 +12,9 @@ import email.utils
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 
+from casync_updater.clock import moment
 from casync_updater.errors import ContentError
 from casync_updater.model import FileRef, Mark, Release
 
@@ -113,8 +113,8 @@ def parse_release(text: str | bytes, where: str) -> Release:
 
 def _format_date(seconds: float) -> str:
     try:
-        return email.utils.format_datetime(datetime.fromtimestamp(seconds, UTC))
-    except (ValueError, OverflowError, OSError) as error:
+        return email.utils.format_datetime(moment(seconds))
+    except (ValueError, OverflowError) as error:
         raise ContentError(f"the new release: {seconds!r} is no date") from error
 
 

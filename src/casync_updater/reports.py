@@ -65,6 +65,8 @@ class CycleEnd:
     source: Origin | None = None
     had: str | None = None
     """The version that was installed before."""
+    received: int = 0
+    """Bytes that came over a network, without the headers of HTTP and below."""
 
     @property
     def checked(self) -> bool:
@@ -194,6 +196,7 @@ def _report(document: Any) -> Report | None:
                 tuple(_text(command) for command in actions),
                 None if source is None else Origin(source),
                 _optional(rest.get("had")),
+                _count(rest.get("received", 0)),
             )
     return None
 

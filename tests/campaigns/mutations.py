@@ -44,7 +44,8 @@ from support.webserver import WebServer
 from support.world import World
 
 SEED = 20261123
-LIMIT = 30
+LIMIT = 300
+"""Seconds of an endless cycle: no request waits for more than a few, but machines may be busy."""
 
 PLACES = (
     ("drive",),

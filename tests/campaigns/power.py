@@ -9,28 +9,35 @@ newest version, and every action that was promised must have run, at least once.
 """
 
 import argparse
+import contextlib
 import random
 import shlex
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from campaigns.recorded import CrashState, RecordedDisk, mounted
+from campaigns.recorded import CrashState, RecordedDisk, WriteLog, mounted
 from campaigns.world import BrokenPromiseError, World, demand, report, workplace
+from casync_updater import syscalls
 
 _SIZE = 128 << 20
 
 
-class PowerCampaign:
-    """Records a story of updates, and replays its cuts."""
+class PowerCampaign(ABC):
+    """Records a story of updates, and replays its cuts.
 
-    def __init__(self, folder: Path, rng: random.Random, *, syncs: bool) -> None:
-        self._mount = folder / "mount"
-        self._disk = RecordedDisk(folder / "disk", self._mount, _SIZE)
-        self._killer = () if syncs else ("--no-sync",)
-        self._world = World(folder, rng, device=self._mount)
+    Who inherits says where the story takes place.
+    """
+
+    _log: WriteLog
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._preserved = False
         self._promised: dict[str, list[str]] = {}
         """What must have run once a version stands in the destination."""
         self._make_actions_durable()
@@ -41,25 +48,44 @@ class PowerCampaign:
         for trigger in entry["triggers"]:
             trigger["actions"] = [f"{action} && sync {log}" for action in trigger["actions"]]
 
+    @abstractmethod
     def run(self, count: int) -> Counter[str]:
         """Record and replay; gives how many states of each style were survived."""
-        with self._world:
-            with self._disk.recording():
-                # The mount hides what the world has made in its place.
-                for folder in (self._world.usb, self._world.appliance.destination.parent):
-                    folder.mkdir(parents=True, exist_ok=True)
-                self._world.appliance.settings(self._world.settings)
-                self._record()
-            seen: Counter[str] = Counter()
-            for state in self._disk.crash_states(self._world.rng, count):
-                with mounted(state.image, self._mount):
-                    self._check(state)
-                seen[state.style] += 1
+
+    def _replay(self, count: int) -> Counter[str]:
+        seen: Counter[str] = Counter()
+        for state in self._log.crash_states(self._world.rng, count):
+            with self._mounted(state):
+                self._check(state)
+            seen[state.style] += 1
         return seen
+
+    @abstractmethod
+    def _mounted(self, state: CrashState) -> contextlib.AbstractContextManager[None]:
+        """The file system as it is after a cut, where the appliance lives."""
+
+    # While it is recorded
+
+    @abstractmethod
+    def _update(self) -> tuple[int, str]:
+        """An update: exit code, and what it said."""
+
+    @abstractmethod
+    def _preserve(self) -> None:
+        """Write the device's own data into the destination, durably."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """The client's state."""
+
+    @abstractmethod
+    def _written(self) -> list[str]:
+        """What the actions have written."""
 
     def _record(self) -> None:
         world = self._world
         current = None
+        self._mark()
         for number in range(4):
             new = world.publish(bad=number == 2).name
             before = len(world.expected)
@@ -67,28 +93,24 @@ class PowerCampaign:
             arrival = [line for line in world.expected[before:] if f">{new} " in line]
             self._promised[new] = [*world.expected[:before], *arrival]
             for attempt in range(2):
-                code, said = world.run("update", killer=self._killer)
+                code, said = self._update()
                 failed = number == 2 and attempt == 0
                 demand(code == int(failed), f"while recording: exit code {code}: {said}")
                 self._mark()
             if number == 0:
-                world.preserve()
-                world.run("update")
-                subprocess_sync(self._mount)
+                self._preserve()
                 self._mark(preserved=True)
             demand(old != current or number == 2, "the recorded story went another way")
 
     def _mark(self, *, preserved: bool | None = None) -> None:
-        world = self._world
-        self._preserved = getattr(self, "_preserved", False) if preserved is None else preserved
-        installed = world.state.get("installed") or {}
-        release = world.usb / "backup.caidx.release"
-        self._disk.mark(
+        if preserved is not None:
+            self._preserved = preserved
+        installed = self._state().get("installed") or {}
+        self._log.mark(
             {
                 "version": installed.get("version"),
                 "preserved": self._preserved,
-                "drive": release.exists(),
-                "log": [line for line in world.appliance.log() if line != "health"],
+                "log": [line for line in self._written() if line != "health"],
             }
         )
 
@@ -96,7 +118,7 @@ class PowerCampaign:
         world = self._world
         where = f"crash state {state.number} ({state.style}, reported: {state.mark})"
         try:
-            mark = state.mark or {}
+            mark = state.mark
             # The configuration was written without a sync, and belongs to the test.
             world.appliance.destination.parent.mkdir(parents=True, exist_ok=True)
             world.appliance.settings(world.settings)
@@ -142,14 +164,46 @@ class PowerCampaign:
         world.check_leftovers()
 
 
-def subprocess_sync(path: Path) -> None:
-    from casync_updater import syscalls  # noqa: PLC0415
+class _OnThisMachine(PowerCampaign):
+    """On a device of this machine's kernel."""
 
-    syscalls.sync_file_system(path)
+    def __init__(self, folder: Path, rng: random.Random, *, syncs: bool) -> None:
+        self._mount = folder / "mount"
+        self._disk = RecordedDisk(folder / "disk", self._mount, _SIZE)
+        self._killer = () if syncs else ("--no-sync",)
+        super().__init__(World(folder, rng, device=self._mount))
+
+    def run(self, count: int) -> Counter[str]:
+        world = self._world
+        with world:
+            with self._disk.recording() as self._log:
+                # The mount hides what the world has made in its place.
+                for folder in (world.usb, world.appliance.destination.parent):
+                    folder.mkdir(parents=True, exist_ok=True)
+                world.appliance.settings(world.settings)
+                self._record()
+            return self._replay(count)
+
+    def _mounted(self, state: CrashState) -> contextlib.AbstractContextManager[None]:
+        return mounted(state.image, self._mount, "-t", "ext4", "-o", "loop")
+
+    def _update(self) -> tuple[int, str]:
+        return self._world.run("update", killer=self._killer)
+
+    def _preserve(self) -> None:
+        self._world.preserve()
+        self._world.run("update")
+        syscalls.sync_file_system(self._mount)
+
+    def _state(self) -> dict[str, Any]:
+        return self._world.state
+
+    def _written(self) -> list[str]:
+        return self._world.appliance.log()
 
 
 def campaign(folder: Path, rng: random.Random, count: int, *, syncs: bool = True) -> Counter[str]:
-    return PowerCampaign(folder, rng, syncs=syncs).run(count)
+    return _OnThisMachine(folder, rng, syncs=syncs).run(count)
 
 
 def main() -> int:

@@ -10,9 +10,6 @@ a volatile cache do, and nothing may rely on more.
 """
 
 import contextlib
-import json
-import mmap
-import os
 import random
 import struct
 import subprocess
@@ -24,8 +21,6 @@ from typing import Any, BinaryIO
 
 _MAGIC = 0x6A736677736872
 _FLUSH, _FUA, _DISCARD = 1, 2, 4
-_MARK = b"REPORTED"
-_MARK_SIZE = 4096
 STYLES = ("none", "all", "some", "torn")
 
 
@@ -47,86 +42,38 @@ class CrashState:
     image: Path
     number: int
     style: str
-    mark: dict[str, Any] | None
+    mark: dict[str, Any]
     """What had been reported as done before."""
 
 
-class RecordedDisk:
-    """The device, mounted at `mount` while it is recorded; then its crash states, one by one."""
+class WriteLog:
+    """What was written to a disk, and the states that it could have been in after a cut."""
 
-    def __init__(self, folder: Path, mount: Path, size: int) -> None:
+    def __init__(self, folder: Path, log: Path, base: Path) -> None:
+        """Nothing is read yet.
+
+        Args:
+            folder: takes the images.
+            log: what ``blklogwrites`` writes.
+            base: the disk as it was before; changed as time goes on.
+        """
         self._folder = folder
-        self._mount = mount
-        self._size = size
-        self._file_system = size - (1 << 20)
-        self._loop = ""
-        folder.mkdir()
-        mount.mkdir(exist_ok=True)
-
-    @property
-    def _base(self) -> Path:
-        return self._folder / "base.img"
-
-    @property
-    def _log(self) -> Path:
-        return self._folder / "log.img"
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """A new ext4 file system, and all that happens to it."""
-        disk, export = self._folder / "disk.img", self._folder / "export.img"
-        with disk.open("wb") as file:
-            file.truncate(self._size)
-        options = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
-        _run("mke2fs", "-q", "-t", "ext4", "-E", options, disk, f"{self._file_system >> 10}k")
-        _run("cp", "--sparse=always", disk, self._base)
-        with self._log.open("wb") as file:
-            file.truncate(16 << 30)
-        export.touch()
-        with contextlib.ExitStack() as stack:
-            daemon = subprocess.Popen(
-                [
-                    "qemu-storage-daemon",
-                    *("--blockdev", f"driver=file,node-name=disk,filename={disk}"),
-                    *("--blockdev", f"driver=file,node-name=log,filename={self._log}"),
-                    *("--blockdev", "driver=blklogwrites,node-name=all,file=disk,log=log"),
-                    "--export",
-                    f"type=fuse,id=all,node-name=all,mountpoint={export},writable=on",
-                ]
-            )
-            stack.callback(daemon.wait)
-            stack.callback(daemon.terminate)
-            end = time.monotonic() + 20
-            while export.stat().st_size != self._size:
-                assert daemon.poll() is None, "qemu-storage-daemon ended"
-                assert time.monotonic() < end, "qemu-storage-daemon exports nothing"
-                time.sleep(0.02)
-            # Not --direct-io=on: the export then loses concurrent writes.
-            self._loop = _run("losetup", "--show", "--find", export).strip()
-            stack.callback(_run, "losetup", "--detach", self._loop)
-            _run("mount", "-t", "ext4", self._loop, self._mount)
-            stack.callback(_run, "umount", self._mount)
-            yield
+        self._log = log
+        self._base = base
+        self._marks: list[tuple[int, dict[str, Any]]] = []
 
     def mark(self, value: dict[str, Any]) -> None:
-        """Something was reported as done: note that on the disk, past the file system."""
-        text = _MARK + json.dumps(value).encode()
-        buffer = mmap.mmap(-1, _MARK_SIZE)
-        buffer.write(text.ljust(_MARK_SIZE))
-        device = os.open(self._loop, os.O_WRONLY | os.O_DIRECT)
-        try:
-            os.pwrite(device, buffer, self._size - _MARK_SIZE)
-        finally:
-            os.close(device)
+        """Something was reported as done: what was written before that, and flushed, stays."""
+        with self._log.open("rb") as log:
+            self._marks.append((sum(1 for _ in _entries(log)), value))
 
     def crash_states(self, rng: random.Random, count: int) -> Iterator[CrashState]:
-        """So many of the states, in the order of time, evenly spread over the log."""
+        """So many of the states, in the order of time, evenly spread over what follows a mark."""
         with self._log.open("rb") as log, self._base.open("r+b") as durable:
             entries = list(_entries(log))
-            self._demand_whole(log, entries)
             pending: list[Entry] = []
-            mark: dict[str, Any] | None = None
-            instants = sorted(rng.randrange(20, len(entries)) for _ in range(count))
+            begin = self._marks[0][0]
+            instants = sorted(rng.randrange(begin, len(entries)) for _ in range(count))
             done = 0
             for number, instant in enumerate(instants):
                 for entry in entries[done:instant]:
@@ -135,9 +82,6 @@ class RecordedDisk:
                             _write(log, earlier, durable)
                         pending = []
                     if not entry.size or entry.flags & _DISCARD:
-                        continue
-                    if entry.place >= self._file_system:
-                        mark = _mark_in(log, entry) or mark
                         continue
                     if entry.flags & _FUA:
                         _write(log, entry, durable)
@@ -152,25 +96,78 @@ class RecordedDisk:
                 _run("cp", "--sparse=always", self._base, image)
                 with image.open("r+b") as disk:
                     _apply(log, disk, pending, style, rng)
+                mark = [value for place, value in self._marks if place <= instant][-1]
                 yield CrashState(image, number, style, mark)
                 image.unlink()
 
-    def _demand_whole(self, log: BinaryIO, entries: list[Entry]) -> None:
+    def demand_whole(self, disk: Path) -> None:
         """A guard for the recording itself: replayed as a whole, the log gives the disk."""
         replayed = self._folder / "replayed.img"
         _run("cp", "--sparse=always", self._base, replayed)
-        with replayed.open("r+b") as disk:
-            for entry in entries:
+        with self._log.open("rb") as log, replayed.open("r+b") as file:
+            for entry in _entries(log):
                 if not entry.flags & _DISCARD:
-                    _write(log, entry, disk)
-        _run("cmp", replayed, self._folder / "disk.img")
+                    _write(log, entry, file)
+        _run("cmp", replayed, disk)
         replayed.unlink()
 
 
+class RecordedDisk:
+    """A device that is mounted at `mount` while it is recorded."""
+
+    def __init__(self, folder: Path, mount: Path, size: int) -> None:
+        self._folder = folder
+        self._mount = mount
+        self._size = size
+        folder.mkdir()
+        mount.mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[WriteLog]:
+        """A new ext4 file system, and all that happens to it."""
+        disk, export, base, log = (
+            self._folder / f"{name}.img" for name in ("disk", "export", "base", "log")
+        )
+        with disk.open("wb") as file:
+            file.truncate(self._size)
+        options = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
+        _run("mke2fs", "-q", "-t", "ext4", "-E", options, disk, f"{self._size >> 10}k")
+        _run("cp", "--sparse=always", disk, base)
+        with log.open("wb") as file:
+            file.truncate(16 << 30)
+        export.touch()
+        with contextlib.ExitStack() as stack:
+            daemon = subprocess.Popen(
+                [
+                    "qemu-storage-daemon",
+                    *("--blockdev", f"driver=file,node-name=disk,filename={disk}"),
+                    *("--blockdev", f"driver=file,node-name=log,filename={log}"),
+                    *("--blockdev", "driver=blklogwrites,node-name=all,file=disk,log=log"),
+                    "--export",
+                    f"type=fuse,id=all,node-name=all,mountpoint={export},writable=on",
+                ]
+            )
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+            end = time.monotonic() + 20
+            while export.stat().st_size != self._size:
+                assert daemon.poll() is None, "qemu-storage-daemon ended"
+                assert time.monotonic() < end, "qemu-storage-daemon exports nothing"
+                time.sleep(0.02)
+            # Not --direct-io=on: the export then loses concurrent writes.
+            loop = _run("losetup", "--show", "--find", export).strip()
+            stack.callback(_run, "losetup", "--detach", loop)
+            _run("mount", "-t", "ext4", loop, self._mount)
+            stack.callback(_run, "umount", self._mount)
+            recorded = WriteLog(self._folder, log, base)
+            yield recorded
+        recorded.demand_whole(disk)
+
+
 @contextlib.contextmanager
-def mounted(image: Path, place: Path) -> Iterator[None]:
-    """A file system in an image, as it is: its journal is replayed, as after every cut."""
-    _run("mount", "-t", "ext4", "-o", "loop", image, place)
+def mounted(what: Path, place: Path, *options: str) -> Iterator[None]:
+    """Something mounted; of a file system its journal is replayed, as after every cut."""
+    _run("mount", *options, what, place)
     try:
         yield
     finally:
@@ -206,15 +203,6 @@ def _write(log: BinaryIO, entry: Entry, disk: BinaryIO, size: int | None = None)
     log.seek(entry.data)
     disk.seek(entry.place)
     disk.write(log.read(entry.size if size is None else size))
-
-
-def _mark_in(log: BinaryIO, entry: Entry) -> dict[str, Any] | None:
-    log.seek(entry.data)
-    data = log.read(entry.size)
-    if not data.startswith(_MARK):
-        return None
-    found: dict[str, Any] = json.loads(data.removeprefix(_MARK).rstrip(b" \0"))
-    return found
 
 
 def _run(*argv: str | Path) -> str:

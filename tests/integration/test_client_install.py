@@ -54,10 +54,17 @@ def test_an_update_fetches_the_difference_only(
     mutate_tree(site.source, 2)
     site.publish()
     server.requests.clear()
-    appliance.update()
+    end = appliance.update()
     fetched = chunk_requests(server)
     assert len(fetched) == len(set(fetched))
-    assert set(fetched) == site.chunks() - before
+    new = site.chunks() - before
+    assert set(fetched) == new
+    size = sum(path.stat().st_size for path in site.store.rglob("*.cacnk") if path.stem in new)
+    assert (
+        f"{size / 1e6:.1f} MB in {len(new)} chunks from {server.url}/store.castr" in end["stderr"]
+    )
+    documents = sum(site.beside(suffix).stat().st_size for suffix in ("", ".release"))
+    assert end["received"] == size + documents
 
 
 def test_a_cycle_without_news_makes_one_request_and_touches_nothing(

@@ -18,6 +18,7 @@ from casync_updater.formats import index as index_format
 from casync_updater.model import Compression, FileRef, Mtimes, Publication, Release
 from casync_updater.release import format_release, parse_release
 from casync_updater.server import record
+from casync_updater.server.build import DEFAULT_CHUNK_SIZE
 from casync_updater.server.places import locked
 from casync_updater.server.prune import GRACE
 from casync_updater.server.publish import Published, Status, publish
@@ -142,6 +143,8 @@ def test_a_first_publication(bench: Bench) -> None:
     assert release.version == "20261123.152206"
     assert set(release.features) == {"permissions", "symlinks", "sec-time"}
     assert release.index.name == "tree.caidx"
+    index = index_format.parse(bench.index.read_bytes(), "the index")
+    assert index.chunk_size_option == DEFAULT_CHUNK_SIZE == "8192:32768:131072"
     assert len(bench.beside(".cks").read_bytes()) == 64
     assert result.usage.chunks_new == result.usage.chunks_total > 1
     stored = sum(path.stat().st_size for path in bench.store.rglob("*.cacnk"))
@@ -177,9 +180,10 @@ def test_chunks_are_smaller_than_those_of_casync(bench: Bench, tmp_path: Path) -
     words = Path("/usr/lib/python3/dist-packages/zstandard/__init__.py").read_bytes()
     (bench.source / "text").write_bytes(words * 20)
     own = tmp_path / "own.castr"
-    features = ("--with=permissions", "--with=symlinks", "--with=sec-time")
+    options = ("--with=permissions", "--with=symlinks", "--with=sec-time")
+    options += (f"--chunk-size={DEFAULT_CHUNK_SIZE}",)
     index = tmp_path / "own.caidx"
-    bench.output("casync", "make", f"--store={own}", *features, index, bench.source)
+    bench.output("casync", "make", f"--store={own}", *options, index, bench.source)
     before = chunks(own)
     result = bench.publish()
     after = chunks(bench.store)

@@ -48,11 +48,11 @@ def repository(tmp_path: Path, packages: list[Path]) -> Repository:
 @pytest.fixture(scope="session")
 def appliance(shared: Path, packages: list[Path]) -> System:
     """What virtual machines start from: bookworm with this tree's client, which has no entries."""
-    folder = _once(shared / "appliance", partial(_make_appliance, packages))
+    folder = _once(shared / "appliance", partial(make_appliance, packages))
     return System("bookworm", "amd64", kernel("bookworm"), folder / "disk")
 
 
-def _make_appliance(packages: list[Path], target: Path) -> None:
+def make_appliance(packages: list[Path], target: Path) -> None:
     repository = Repository(target / "repository")
     repository.publish(packages)
     with (

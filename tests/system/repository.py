@@ -38,7 +38,7 @@ def build(target: Path, *, version: str | None = None, umask: int = 0o022) -> li
     """
     tree = target / "source"
     ignored = shutil.ignore_patterns(".*_cache", "__pycache__", "*.egg-info")
-    for name in ("conf", "debian", "src", "tests"):
+    for name in ("conf", "debian", "docs", "src", "tests"):
         shutil.copytree(SOURCE / name, tree / name, ignore=ignored, symlinks=True)
     for name in ("LICENSE", "pyproject.toml"):
         shutil.copy2(SOURCE / name, tree)

@@ -96,7 +96,9 @@ class Drive:
         machine, device = self.machine, "/dev/disk/by-label/DRIVE"
         machine.plug("drive", self.image)
         exists = ("test", "-b", device)
-        machine.wait(lambda: machine.run(*exists, check=False).returncode == 0, "the drive")
+        machine.wait(
+            lambda: machine.run(*exists, check=False).returncode == 0, "the drive", timeout=300
+        )
         machine.run("mkdir", "-p", self.mount)
         machine.run("mount", "-o", options, device, self.mount)
 
@@ -105,7 +107,7 @@ class Drive:
         self.machine.unplug("drive")
         gone = ("test", "-b", "/dev/disk/by-label/DRIVE")
         self.machine.wait(
-            lambda: self.machine.run(*gone, check=False).returncode == 1, "the drive's end"
+            lambda: self.machine.run(*gone, check=False).returncode == 1, "its end", timeout=300
         )
 
     def content(self) -> dict[str, bytes]:

@@ -427,6 +427,35 @@ def test_the_build_is_reproducible(packages: list[Path], tmp_path: Path) -> None
         assert digest(one) == digest(two), one.name
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("release", RELEASES)
+def test_make_deb_on_a_fresh_machine(
+    release: str, repository: Repository, newer_packages: list[Path], tmp_path: Path
+) -> None:
+    """With apt alone; that release's lintian is content, and so is its dpkg with an upgrade."""
+    with booted(release, repository, tmp_path) as device:
+        machine = device.machine
+        device.install("--no-install-recommends", "make")
+        ignored = shutil.ignore_patterns("build", ".git", ".*_cache", "__pycache__", "*.egg-info")
+        shutil.copytree(SOURCE, machine.root / "root/tree", ignore=ignored, symlinks=True)
+        make = "cd /root/tree && DEB_BUILD_OPTIONS=nocheck make deb"
+        machine.run("sh", "-ec", make, timeout=900)
+        built = sorted((machine.root / "root/tree/build/deb").glob("*.deb"))
+        assert len(built) == 3
+        lintian = (
+            "lintian --pedantic --allow-root --tag-display-limit=0 /root/tree/build/deb/*.changes"
+        )
+        said = machine.run("sh", "-ec", lintian, check=False, timeout=300)
+        assert (said.returncode, said.stdout) == (0, ""), said.stdout + said.stderr
+        # From a package built here to one built on this machine, perhaps of another release.
+        machine.run("sh", "-ec", "apt-get install -y /root/tree/build/deb/*.deb", timeout=300)
+        assert device.active(), device.journal()
+        repository.publish(newer_packages)
+        device.install("casync-updater")
+        assert device.version() == NEWER
+        assert device.active(), device.journal()
+
+
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 

@@ -41,7 +41,7 @@ def test_the_whole_offline_update(fresh: Stick) -> None:
     with stick.plugged(drive):
         stick.ended("success")
         done = ["can be pulled out (done)"]
-        stick.machine.wait(lambda: stick.drives() == done, "the end of the visit")
+        stick.until(lambda: stick.drives() == done, "the end of the visit")
         status = stick.machine.output("systemctl", "show", "-P", "StatusText", "casync-updater")
         assert f"drive {LABEL} can be pulled out (done); idle" in status
         journal = stick.journal()
@@ -65,16 +65,16 @@ def test_pulled_out_while_it_is_read(fresh: Stick, filesystem: str) -> None:
         stick.ended("success")
     old = "1.0"
     number = {"vfat": 10, "exfat": 11, "ext4": 12}[filesystem]
-    drive = stick.drive(stick.publish(number, large=20), filesystem)
+    drive = stick.drive(stick.publish(number, large=8), filesystem)
     for _ in range(PULLS):
         with stick.plugged(drive, quiet=True):
             wanted = rng.choice(["plan", "build", "build", "verify", "mirror"])
-            stick.machine.wait(
+            stick.until(
                 lambda wanted=wanted: stick.step() == wanted or len(stick.light()) == 2,  # type: ignore[misc]
                 "the reading",
                 step=0.02,
             )
-        stick.machine.wait(lambda: len(stick.light()) == 2, "the end of the visit", timeout=180)
+        stick.until(lambda: len(stick.light()) == 2, "the end of the visit")
         stick.idle()
         old = stick.installed() or old
         stick.demand(old)
@@ -91,16 +91,16 @@ def test_pulled_out_while_it_is_read(fresh: Stick, filesystem: str) -> None:
 def test_pulled_out_while_it_is_written(fresh: Stick, filesystem: str) -> None:
     stick = fresh
     content = stick.publish(20)
-    with stick.plugged(stick.drive(stick.publish(21, large=15))):
+    with stick.plugged(stick.drive(stick.publish(21, large=6))):
         stick.ended("success")
     drive = stick.drive(content, filesystem)
     for number in range(PULLS):
         with stick.plugged(drive, quiet=True):
-            stick.machine.wait(
+            stick.until(
                 lambda: stick.step() == "mirror" or len(stick.light()) == 2, "it", step=0.02
             )
             stick.machine.run("sleep", str(0.4 * (1 + number % 8)))
-        stick.machine.wait(lambda: len(stick.light()) == 2, "the end of the visit", timeout=180)
+        stick.until(lambda: len(stick.light()) == 2, "the end of the visit")
         stick.idle()
         stick.demand("21.0")
     with stick.plugged(drive):
@@ -130,7 +130,7 @@ def test_full(fresh: Stick) -> None:
     """What does not fit leaves the drive as it was."""
     stick = fresh
     old = stick.publish(30)
-    with stick.plugged(stick.drive(stick.publish(31, large=20))):
+    with stick.plugged(stick.drive(stick.publish(31, large=8))):
         stick.ended("success")
     filler = stick.folder / "filler"
     filler.write_bytes(b"")
@@ -151,7 +151,7 @@ def test_it_fails_in_the_middle(fresh: Stick, direction: str) -> None:
     """Sectors that cannot be read or written: no hang, no half update, and a good drive helps."""
     stick = fresh
     old = stick.publish(40)
-    new = stick.publish(41, large=20)
+    new = stick.publish(41, large=8)
     drive = stick.drive(old if direction == "write" else new)
     if direction == "write":
         with stick.plugged(stick.drive(new)):
@@ -197,7 +197,7 @@ def test_labels_that_lie(fresh: Stick) -> None:
     put = ["dd", f"if={partition}", f"of={swap}", "bs=1M", "seek=1", "conv=notrunc", "status=none"]
     subprocess.run(put, check=True)
     with stick.plugged(swap):
-        stick.machine.wait(
+        stick.until(
             lambda: "holds no file system but swap: left alone" in stick.journal(), "the refusal"
         )
 
@@ -220,7 +220,7 @@ def test_a_file_system_that_the_kernel_refuses(fresh: Stick) -> None:
         assert f"drive {LABEL} (/dev/" in stick.journal()
         assert "cannot be mounted" in stick.journal()
         failed = ["can be pulled out (failed, see the journal)"]
-        stick.machine.wait(lambda: stick.drives() == failed, "the end of the visit")
+        stick.until(lambda: stick.drives() == failed, "the end of the visit")
     with stick.plugged(stick.drive(stick.publish(1))):
         stick.ended("success")
 
@@ -244,13 +244,12 @@ def test_two_at_once(fresh: Stick) -> None:
     old, new = stick.drive(stick.publish(60)), stick.drive(stick.publish(61))
     other = stick.drive(None, "ext4", "My Own")
     with stick.plugged(other), stick.plugged(old), stick.plugged(new, quiet=True):
-        stick.machine.wait(
+        stick.until(
             lambda: (
                 [one for one in stick.drives() if one.startswith("can be")] == stick.drives()
                 and len(stick.drives()) == 3
             ),
             "all three",
-            timeout=180,
         )
         assert "no entry has its backupIndex there" in stick.journal()
         stick.demand("61.0")
@@ -262,7 +261,7 @@ def test_at_boot_before_the_service(fresh: Stick) -> None:
     stick = fresh
     stick.machine.run("systemctl", "stop", "casync-updater")
     with stick.plugged(stick.drive(stick.publish(1))):
-        stick.machine.wait(lambda: stick.exists(f"/dev/disk/by-label/{LABEL}"), "the drive")
+        stick.until(lambda: stick.exists(f"/dev/disk/by-label/{LABEL}"), "the drive")
         stick.machine.run("systemctl", "start", "casync-updater")
         stick.ended("success")
     stick.demand("1.0")
@@ -272,8 +271,8 @@ def test_at_boot_before_the_service(fresh: Stick) -> None:
 def test_the_service_stops_in_the_middle(fresh: Stick) -> None:
     """The next start goes on with the drive that is still mounted."""
     stick = fresh
-    with stick.plugged(stick.drive(stick.publish(70, large=20))):
-        stick.machine.wait(lambda: stick.step() == "build", "the reading", step=0.02)
+    with stick.plugged(stick.drive(stick.publish(70, large=8))):
+        stick.until(lambda: stick.step() == "build", "the reading", step=0.02)
         stick.machine.run("systemctl", "restart", "casync-updater")
         stick.ended("success")
     stick.demand("70.0")
@@ -282,8 +281,8 @@ def test_the_service_stops_in_the_middle(fresh: Stick) -> None:
 @pytest.mark.long
 def test_somebody_still_uses_it(fresh: Stick) -> None:
     stick = fresh
-    with stick.plugged(stick.drive(stick.publish(80, large=20)), quiet=True):
-        stick.machine.wait(lambda: stick.exists(f"{POINT}/{FOLDER}"), "the mount", step=0.02)
+    with stick.plugged(stick.drive(stick.publish(80, large=8)), quiet=True):
+        stick.until(lambda: stick.exists(f"{POINT}/{FOLDER}"), "the mount", step=0.02)
         stick.machine.run(
             "systemd-run", "--unit=camper", f"--property=WorkingDirectory={POINT}", "sleep", "600"
         )
@@ -291,7 +290,7 @@ def test_somebody_still_uses_it(fresh: Stick) -> None:
         assert "is still in use by something else" in stick.journal()
         stick.demand("80.0")
         stick.machine.run("systemctl", "stop", "camper")
-    stick.machine.wait(lambda: stick.drives() == [], "its end")
+    stick.until(lambda: stick.drives() == [], "its end")
 
 
 @pytest.mark.long
@@ -303,7 +302,7 @@ def test_mounted_by_somebody_else(fresh: Stick) -> None:
     stick.machine.plug(drive.name, drive)
     stick.forget()
     node = "/dev/disk/by-label/HOLIDAY"
-    stick.machine.wait(lambda: stick.exists(node), "the drive")
+    stick.until(lambda: stick.exists(node), "the drive")
     stick.machine.run("mount", node, POINT)
     stick.ended("success")
     stick.demand("90.0")
@@ -311,4 +310,4 @@ def test_mounted_by_somebody_else(fresh: Stick) -> None:
     assert not stick.exists(f"{POINT}/casync-updater-reports")
     stick.machine.unplug(drive.name)
     stick.machine.run("umount", "-l", POINT)
-    stick.machine.wait(lambda: stick.drives() == [], "its end")
+    stick.until(lambda: stick.drives() == [], "its end")

@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ FOLDER = "offline"
 """Where on a drive the updates are: a drive that only has the label has no such folder."""
 
 _LED = "/run/led"
-_PATIENCE = 180.0
+_PATIENCE = 400.0
+"""Seconds. Processors are emulated, and a visit alone has four processes of Python."""
 _SETTINGS = f"""\
 [online]
 enabled = no
@@ -107,7 +108,7 @@ class Stick:
         self.machine.write("/root/content.tar", archive.read_bytes())
         with self.plugged(image, quiet=True):
             node = "/dev/disk/by-label/FILLED"
-            self.machine.wait(lambda: self.exists(node), "the drive")
+            self.until(lambda: self.exists(node), "the drive")
             fill = f"mount {node} /mnt && tar --no-same-owner -xf /root/content.tar -C /mnt"
             self.machine.run("sh", "-c", f"{fill} && umount /mnt")
         partition = self.folder / "partition"
@@ -128,8 +129,11 @@ class Stick:
         finally:
             self.machine.unplug(image.name)
         if not quiet:
-            self.machine.wait(lambda: self.drives() == [], "the drive to be forgotten")
+            self.until(lambda: self.drives() == [], "the drive to be forgotten")
             assert POINT not in self.machine.output("cat", "/proc/self/mountinfo")
+
+    def until(self, condition: Callable[[], object], what: str, step: float = 0.2) -> None:
+        self.machine.wait(condition, what, timeout=_PATIENCE, step=step)
 
     def exists(self, path: str) -> bool:
         return self.machine.run("test", "-e", path, check=False).returncode == 0
@@ -157,7 +161,7 @@ class Stick:
         return str(entries["tree"]["state"]) if "tree" in entries else "?"
 
     def idle(self) -> None:
-        self.machine.wait(lambda: self.step() == "idle", "the cycle to end", timeout=_PATIENCE)
+        self.until(lambda: self.step() == "idle", "the cycle to end")
 
     def ended(self, how: str) -> None:
         """Wait for the light at the end of a visit."""
@@ -165,7 +169,7 @@ class Stick:
         def seen() -> bool:
             return self.light()[-1] in ("success", "failure")
 
-        self.machine.wait(seen, "the end of the visit", timeout=_PATIENCE)
+        self.until(seen, "the end of the visit")
         assert self.light()[-1] == how, f"{self.light()}\n{self.journal()}"
 
     def journal(self, lines: int = 60) -> str:

@@ -28,6 +28,7 @@ import struct
 import subprocess
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ _MODULES = (
     *("virtio_console", "virtio_net", "virtio_rng"),
     *("xhci_pci", "usb_storage", "uas", "sd_mod", "t10-pi"),
     *("vfat", "exfat", "nls_ascii", "nls_cp437", "nls_iso8859-1", "nls_utf8"),
-    *("dm_mod", "dm_flakey", "loop", "overlay", "autofs4"),
+    *("dm_mod", "dm_flakey", "loop", "overlay", "autofs4", "binfmt_misc"),
     *("sch_netem", "dummy", "veth"),
 )
 _INIT = """\
@@ -157,7 +158,8 @@ def virtual_base(release: str, architecture: str = "amd64") -> Path:
 
 def kernel(release: str, architecture: str = "amd64") -> Kernel:
     """Debian's newest kernel for a release, from the cache when it is fresh."""
-    name = f"{release}-{architecture}-kernel"
+    made_how = zlib.crc32(repr((_MODULES, _INIT)).encode())
+    name = f"{release}-{architecture}-kernel-{made_how:08x}"
     with cached(name) as new:
         if new is not None:
             _make_kernel(release, architecture, new)
@@ -170,10 +172,14 @@ def make_system(
     """Make a disk of a root file system, one of `virtual_base` and whatever was put into it."""
     of_system = kernel(release, architecture)
     shutil.copytree(of_system.modules, tree / "usr/lib/modules", dirs_exist_ok=True)
+    units = tree / "etc/systemd/system"
     # It tells networkd of the addresses on the kernel's command line.
-    wanted = tree / "etc/systemd/system/sysinit.target.wants/systemd-network-generator.service"
+    wanted = units / "sysinit.target.wants/systemd-network-generator.service"
     wanted.parent.mkdir(parents=True, exist_ok=True)
     wanted.symlink_to("/lib/systemd/system/systemd-network-generator.service")
+    # Boots that seem to be months after the last one would start with them.
+    for timer in ("apt-daily.timer", "apt-daily-upgrade.timer"):
+        (units / timer).symlink_to("/dev/null")
     options = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
     _run("mke2fs", "-q", "-t", "ext4", "-E", options, "-d", tree, image, size)
     return System(release, architecture, of_system, image)

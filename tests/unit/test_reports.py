@@ -67,7 +67,7 @@ def test_what_is_encoded_is_read_back(report: Report) -> None:
 def test_the_lines_are_the_documented_ones() -> None:
     assert json.loads(encode(Began(Step.BUILD, "1.4.2"))) == {"step": "build", "version": "1.4.2"}
     assert json.loads(encode(Progress(123, 456))) == {"done": 123, "total": 456}
-    end = CycleEnd(Outcome.UPDATED, 0, "m", 7, "1", ("a", "b"), Origin.BACKUP, "0")
+    end = CycleEnd(Outcome.UPDATED, 0, "m", 7, "1", ("a", "b"), Origin.BACKUP, "0", 4_460_000)
     assert json.loads(encode(end)) == {
         "result": {
             "outcome": "updated",
@@ -78,6 +78,7 @@ def test_the_lines_are_the_documented_ones() -> None:
             "actions": ["a", "b"],
             "source": "backup",
             "had": "0",
+            "received": 4_460_000,
         }
     }
 
@@ -99,6 +100,7 @@ def test_the_lines_are_the_documented_ones() -> None:
         b'{"result": {"outcome": "failed", "exit": 0, "message": "", "actions": [1]}}',
         b'{"result": {"outcome": "failed", "exit": 0, "message": "", "actions": 7}}',
         b'{"result": {"outcome": "failed", "exit": 0, "message": "", "source": "moon"}}',
+        b'{"result": {"outcome": "failed", "exit": 0, "message": "", "received": -1}}',
         b"[]",
         b"null",
         b"\xff\xfe",

@@ -54,7 +54,7 @@ def start_up(entry: Entry, settings: Settings, runner: ActionRunner, skip: list[
             continue
         try:
             how = _run(entry, command, settings, runner)
-        except LocalError as error:
+        except (LocalError, OSError) as error:
             how = str(error)
         if how is not None:
             LOG.error(

@@ -9,9 +9,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
-from casync_updater.clock import Clock
+from casync_updater.clock import Clock, moment
 from casync_updater.cycle.demands import Demands, Vouched, read_slots
 from casync_updater.cycle.values import Candidate, Checked, Newer, Offer, UpToDate
 from casync_updater.errors import (
@@ -388,4 +387,4 @@ def _sha256(data: bytes) -> str:
 
 
 def _date(seconds: float | None) -> str:
-    return datetime.fromtimestamp(seconds or 0, UTC).isoformat()
+    return moment(seconds or 0).isoformat(timespec="seconds")

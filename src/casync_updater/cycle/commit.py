@@ -96,7 +96,9 @@ def commit(
         if verified.staged.built is not None:
             # Nothing has touched the inodes of the new tree since they were recorded.
             state = replace(state, windows=())
-        syscalls.sync_file_system(verified.staged.tree)
+        # The companions were synced with all else on their file system.
+        if verified.staged.tree.stat().st_dev != folder.path.stat().st_dev:
+            syscalls.sync_file_system(verified.staged.tree)
         if site.apply is Apply.ATOMIC:
             journal = Journal(
                 Intent.EXCHANGE,

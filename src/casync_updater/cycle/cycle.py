@@ -96,16 +96,16 @@ class Cycle(Session):
                 if self._entry.self_update:
                     self._own_upgrade.start()
         except StoppedError as error:
-            return CycleEnd(Outcome.STOPPED, 1, str(error))
+            end = CycleEnd(Outcome.STOPPED, 1, str(error))
         except UnrecordedError as error:
-            return CycleEnd(Outcome.FAILED, error.exit_code, str(error))
+            end = CycleEnd(Outcome.FAILED, error.exit_code, str(error))
         except UpdaterError as error:
-            return self._failed(error)
+            end = self._failed(error)
         except OSError as error:
-            return self._failed(
+            end = self._failed(
                 LocalError(f"{error.filename or self._entry.name}: {error.strerror}")
             )
-        return end
+        return replace(end, received=self.received)
 
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
@@ -348,6 +348,7 @@ class Cycle(Session):
 
             with self._chunks(offer, checked) as chunks:
                 staged = self._builder(planned).build(planned, chunks, begin)
+                fetched = [str(part) for part in chunks.fetched if part.chunks]
             self._monitor.step(Step.VERIFY, version)
             full = self._settings.daemon.full_digest
             verified = verify(staged, self._entry.preserve, full=full)
@@ -374,8 +375,9 @@ class Cycle(Session):
                     now=self._outside.clock.time(),
                 )
         self._log.info(
-            "installed %s: %d added, %d changed, %d removed",
+            "installed %s (%s): %d added, %d changed, %d removed",
             version,
+            ", ".join(fetched) or "nothing had to be fetched",
             len(verified.changes.added),
             len(verified.changes.changed),
             len(verified.changes.removed),

@@ -46,7 +46,8 @@ def plan(
         stack: closes what the plan holds open, when the new tree is built.
 
     Raises:
-        LocalError: preserved paths in a destination that cannot be exchanged, or a mount point.
+        LocalError: preserved paths in a destination that cannot be exchanged, a mount point, or
+            something that cannot be written to.
         SpaceError: a file system has too little room; with the figures.
     """
     if preserve and site.apply is Apply.IN_PLACE:
@@ -59,6 +60,7 @@ def plan(
             f"{mounts[0]} is a mount point in {site.destination}: what is mounted there would be"
             " deleted or leave with the old tree: mount it elsewhere"
         )
+    _demand_writable(site)
     old = _known(offer, site, state)
     if offer.is_archive and site.apply is Apply.ATOMIC and supported(offer.index) is None:
         result = _extraction(offer, site, old, _Kept(state, folder, spool), stack)
@@ -208,6 +210,19 @@ def _before(
 
 def _belongs(path: bytes, kept: tuple[bytes, ...]) -> bool:
     return any(path == other or path.startswith(other + b"/") for other in kept)
+
+
+def _demand_writable(site: Site) -> None:
+    """What would only be found out after everything has been fetched."""
+    there = site.destination.exists()
+    nodes = [site.destination] if there else []
+    if site.apply is Apply.ATOMIC or not there:
+        nodes.append(site.destination.parent)
+    for node in nodes:
+        if os.statvfs(node).f_flag & os.ST_RDONLY and not node.is_block_device():
+            raise LocalError(f"{node} is on a file system that is mounted read-only: remount it")
+        if syscalls.is_unchangeable(node):
+            raise LocalError(f"{node} is immutable or append-only: chattr -ia {node}")
 
 
 def _demand_space(plan: Plan, spool: Path) -> None:

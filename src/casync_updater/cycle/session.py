@@ -315,6 +315,11 @@ class Session:
             self._sources[origin] = self._outside.open_source(location)
         return self._sources[origin]
 
+    @property
+    def received(self) -> int:
+        """Bytes that came over a network so far: releases, indexes, chunks, what failed too."""
+        return sum(source.received for source in self._sources.values() if source.location.remote)
+
     def _close(self) -> None:
         for source in self._sources.values():
             source.close()

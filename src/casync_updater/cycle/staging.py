@@ -177,6 +177,8 @@ def try_exchange(site: Site, place: Path) -> str | None:
         (place / "full" / "inner").mkdir(parents=True)
         syscalls.exchange(place / "one", place / "two")
         site.destination.rename(place / "full")
+    except PermissionError:
+        return None  # an immutable folder, say: the plan names it
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return None

@@ -1,4 +1,4 @@
-"""Chunks, whoever has them: the device itself, a drive, a web server; nearest first.
+"""Chunks, whoever has them: a drive, a web server; nearest first.
 
 A chunk that is missing or damaged in one place is taken from the next one. A place that fails
 as a whole (a drive that was pulled out, a server that is down) is left out after a few failures.
@@ -31,8 +31,8 @@ _FEW = 8
 """Connections (no more than are allowed) that are used however near a source is."""
 _RATE = 12_500_000
 """Bytes per second that the connections are to carry together, if each waits for its answer."""
-_COMPRESSED = 0.4
-"""What compression leaves of a chunk, about."""
+_COMPRESSED = 0.33
+"""What compression leaves of a chunk, rather less than on average."""
 _AHEAD = 256 << 10
 """Bytes that are fetched ahead per connection: a chunk of casync's usual maximum."""
 _AHEAD_CHUNKS = 64
@@ -43,17 +43,16 @@ _END = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
-    """What was fetched so far."""
+class Fetched:
+    """What came from one source."""
 
+    where: str
     chunks: int
-    """How many chunks came from the sources."""
     size: int
-    """Their bytes, uncompressed."""
-    local: int
-    """How many chunks the device had itself."""
-    received: tuple[int, ...]
-    """Bytes of chunk files (as they came over the wire) per source, nearest first."""
+    """Bytes of the chunks' files, as they came over the wire."""
+
+    def __str__(self) -> str:
+        return f"{self.size / 1e6:.1f} MB in {self.chunks} chunks from {self.where}"
 
 
 class _Link:
@@ -64,7 +63,7 @@ class _Link:
         self.where = shown(source.location.store)
         self.failures = 0
         self.last: UpdaterError | None = None
-        self.received = 0
+        self.chunks = self.size = 0
 
     def left_out(self) -> UpdaterError:
         kind = PortalError if isinstance(self.last, PortalError) else RemoteError
@@ -108,8 +107,6 @@ class Chunks:
         index: whose chunks; verifies each one.
         connections: how many chunks are fetched side by side at most. As each connection waits
             for an answer before it asks again, a long way to the source takes many of them.
-        local: what the device can make of its own files, asked first, by several threads;
-            None (or wrong bytes) where it cannot.
     """
 
     def __init__(
@@ -118,15 +115,12 @@ class Chunks:
         index: Index,
         *,
         connections: int,
-        local: Callable[[ChunkRef], bytes | None] | None = None,
     ) -> None:
         self._links = [_Link(source) for source in sources]
         self._index = index
         self._connections = connections
-        self._local = local
         self._lock = threading.Lock()
         self._streams: set[_Workers] = set()
-        self._chunks = self._size = self._own = 0
 
     def get(self, ref: ChunkRef) -> bytes:
         """One chunk, verified.
@@ -139,12 +133,6 @@ class Chunks:
         return self._get(ref, threading.Event())
 
     def _get(self, ref: ChunkRef, ended: threading.Event) -> bytes:
-        if self._local is not None:
-            data = self._local(ref)
-            if data is not None and self._index.chunk_id(data) == ref.id:
-                with self._lock:
-                    self._own += 1
-                return data
         failures: list[UpdaterError] = []
         for link in self._links:
             if ended.is_set():
@@ -167,9 +155,8 @@ class Chunks:
         data = content(raw, ref, self._index, f"chunk {ref.hex} at {link.where}")
         with self._lock:
             link.failures = 0
-            link.received += len(raw)
-            self._chunks += 1
-            self._size += len(data)
+            link.chunks += 1
+            link.size += len(raw)
         return data
 
     def stream(self, wanted: Iterable[ChunkRef]) -> Generator[tuple[ChunkRef, bytes], None, None]:
@@ -228,11 +215,10 @@ class Chunks:
         return min(self._connections, max(_FEW, int(needed)))
 
     @property
-    def statistics(self) -> Statistics:
-        """What was fetched so far."""
+    def fetched(self) -> tuple[Fetched, ...]:
+        """What came so far, from each source, nearest first."""
         with self._lock:
-            received = tuple(link.received for link in self._links)
-            return Statistics(self._chunks, self._size, self._own, received)
+            return tuple(Fetched(link.where, link.chunks, link.size) for link in self._links)
 
     def close(self) -> None:
         """End every stream, and what it is waiting for."""

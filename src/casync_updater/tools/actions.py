@@ -134,7 +134,11 @@ class ActionRunner(Protocol):
         """
 
     def forget(self, action_id: str) -> None:
-        """Remove what was kept of an action that has ended; also what a kill left of that."""
+        """Remove what was kept of an action that has ended; also what a kill left of that.
+
+        Raises:
+            OSError: it cannot be removed; it can be asked for again.
+        """
 
 
 def action_id(entry: str, *parts: str) -> str:
@@ -233,7 +237,7 @@ class ProcessRunner:
     def forget(self, action_id: str) -> None:
         """See `ActionRunner.forget`."""
         self._own.pop(action_id, None)
-        shutil.rmtree(self._root / action_id, ignore_errors=True)
+        _remove(self._root / action_id)
 
     def _end_group(self, folder: Path, own: "_Own | None") -> None:
         group = int((folder / "pid").read_text())
@@ -331,7 +335,7 @@ class UnitRunner:
 
     def forget(self, action_id: str) -> None:
         """See `ActionRunner.forget`."""
-        shutil.rmtree(self._root / action_id, ignore_errors=True)
+        _remove(self._root / action_id)
         self._sweep()
 
     def _wait_for(self, pid: int, seconds: float) -> bool:
@@ -502,6 +506,11 @@ def _await_start(folder: Path, clock: Clock, ended: Callable[[], bool]) -> None:
     end = clock.monotonic() + _START_LIMIT
     while not (folder / "pid").exists() and not ended() and clock.monotonic() < end:
         clock.sleep(0.005)
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def _read_handle(folder: Path) -> Handle | None:

@@ -8,12 +8,14 @@ as seed; it never reads from the network. Chunks that an interrupted try left in
 not fetched again.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from casync_updater import syscalls
 from casync_updater.cycle.staging import make_staging, remove
 from casync_updater.cycle.tree import carry_over, cut
 from casync_updater.cycle.values import Offer, Plan, Staged
@@ -63,17 +65,18 @@ class CasyncBuilder:
             remove(target)
         else:
             begin()
-        try:
-            self._extract(plan, target)
-        except ProgramError:
-            # The record of the last install was wrong about the destination: a file in it was
-            # changed or is unreadable. What is really there is looked up, the rest is fetched.
-            everything = tuple({ref.id: ref for ref in plan.offer.index}.values())
-            lacking = self._without_local(replace(plan, fetch=everything), store)
-            if not lacking:
-                raise
-            self._fill(store, lacking, chunks)
-            self._extract(plan, target)
+        with _explained(target):
+            try:
+                self._extract(plan, target)
+            except ProgramError:
+                # The record of the last install was wrong about the destination: a file in it was
+                # changed or is unreadable. What is really there is looked up, the rest is fetched.
+                everything = tuple({ref.id: ref for ref in plan.offer.index}.values())
+                lacking = self._without_local(replace(plan, fetch=everything), store)
+                if not lacking:
+                    raise
+                self._fill(store, lacking, chunks)
+                self._extract(plan, target)
         if plan.site.apply is Apply.ATOMIC:
             destination = plan.site.destination
             carry_over(
@@ -201,3 +204,17 @@ class CasyncBuilder:
             raise LocalError(f"{target}: {error.strerror}") from error
         finally:
             index.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Say where, which casync does not; and name what is immutable, which nobody thinks of."""
+    try:
+        yield
+    except ProgramError as error:
+        message = f"{target}: {error}"
+        for node in (target, *target.rglob("*")):
+            if not node.is_symlink() and syscalls.is_unchangeable(node):
+                message += f"; {node} is immutable or append-only: chattr -ia {node}"
+                break
+        raise LocalError(message) from error

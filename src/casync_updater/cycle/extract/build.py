@@ -14,9 +14,10 @@ import hashlib
 import os
 import stat
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from casync_updater.clock import moment
 from casync_updater.cycle.extract.changes import differs
 from casync_updater.cycle.extract.leftover import Journal
 from casync_updater.cycle.extract.plan import ExtractPlan, chunk_at
@@ -598,7 +599,8 @@ class _Builder:
         if node.fcaps is not None:
             os.setxattr(file, b"security.capability", node.fcaps)
         if flags & TIMES:
-            os.utime(file, ns=(node.mtime, node.mtime))
+            with self._in_time(node):
+                os.utime(file, ns=(node.mtime, node.mtime))
 
     def _settle_unopened(self, node: Node, level: _Level) -> None:
         """Owner, mode and time of a link or special file, which cannot be opened."""
@@ -620,7 +622,19 @@ class _Builder:
             os.chmod(name, stat.S_IMODE(node.mode) if flags & PERMISSIONS else mode, dir_fd=folder)
         if flags & TIMES:
             times = (node.mtime, node.mtime)
-            os.utime(name, ns=times, dir_fd=folder, follow_symlinks=False)
+            with self._in_time(node):
+                os.utime(name, ns=times, dir_fd=folder, follow_symlinks=False)
+
+    @contextlib.contextmanager
+    def _in_time(self, node: Node) -> Iterator[None]:
+        try:
+            yield
+        except OverflowError as error:
+            path = os.fsdecode(self.decoder.path(node.name))
+            year = moment(node.mtime / 1e9).year
+            raise LocalError(
+                f"{path!r} is of {year}, and this system has no time after 2038 (32-bit time_t)"
+            ) from error
 
     def _own(self, change: Callable[[], object], name: bytes) -> None:
         """Change an owner. Where the archive carries none, who may not do so goes without."""

@@ -119,16 +119,17 @@ class Leftover:
         while at + _NODE.size <= length:
             start, size, path_length, raw_length = _NODE.unpack_from(data, at)
             stop = at + _NODE.size + path_length + raw_length
+            place = at + _NODE.size
+            path = bytes(data[place : place + path_length])
             # A torn tail is no node: zeros, or a place that does not rise.
             if stop > length or not raw_length or (self._ends and start < self._ends[-1]):
                 break
-            if start + raw_length + size >> 63:
+            if start + raw_length + size >> 63 or b"\0" in path:
                 break
             if size:
                 # What was cut off is the last file, usually a large one: its other chunks are
                 # not here, and whoever is sent for them is not fetched ahead.
-                place = at + _NODE.size
-                size = min(size, self._written(bytes(data[place : place + path_length])))
+                size = min(size, self._written(path))
             self._starts.append(start)
             self._ends.append(start + raw_length + size)
             self._places.append(at)
