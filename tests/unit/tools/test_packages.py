@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -59,6 +60,47 @@ def test_configuration_files_that_were_changed(tmp_path: Path) -> None:
     lines[0] += " obsolete"
     assert _changed("\n" + "\n".join(lines)) == {bytes(other), bytes(gone)}
     assert _changed("") == frozenset()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="dpkg installs as root only")
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_dpkg_makes_of_configuration_files_on_both_ways(tmp_path: Path, changed: bool) -> None:
+    """There and back and there again: what `repack` counts on, in a database of its own."""
+    root = tmp_path / "root"
+    (root / "var/lib/dpkg/info").mkdir(parents=True)
+    (root / "var/lib/dpkg/updates").mkdir()
+    (root / "var/lib/dpkg/status").touch()
+    conf = root / "etc/x.conf"
+
+    def install(version: str, content: str | None) -> None:
+        tree = tmp_path / "tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        (tree / "DEBIAN").mkdir(parents=True)
+        (tree / "DEBIAN/control").write_text(
+            f"Package: x\nVersion: {version}\nArchitecture: all\n"
+            "Maintainer: T <t@example.org>\nDescription: x\n"
+        )
+        if content is not None:
+            (tree / "etc").mkdir()
+            (tree / "etc/x.conf").write_text(content)
+            (tree / "DEBIAN/conffiles").write_text("/etc/x.conf\n")
+        package = tmp_path / "x.deb"
+        for argv in (
+            ["dpkg-deb", "--root-owner-group", "--build", tree, package],
+            ["dpkg", f"--root={root}", "--log=/dev/null", "--force-confold", "-i", package],
+        ):
+            subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+    install("1", "of version 1")
+    if changed:
+        conf.write_text("mine")
+    install("2", "of version 2")
+    assert conf.read_text() == ("mine" if changed else "of version 2")
+    # The version before, as it was packed up: without a file that was changed.
+    install("1", None if changed else "of version 1")
+    assert conf.read_text() == ("mine" if changed else "of version 1")
+    install("3", "of version 3")
+    assert conf.read_text() == ("mine" if changed else "of version 3")
 
 
 def test_what_apt_thinks_of_it(tmp_path: Path) -> None:
