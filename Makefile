@@ -26,8 +26,9 @@ export LC_ALL := C.UTF-8
 ROOT        := $(filter 0,$(shell id -u))
 SUDO        := $(if $(ROOT),,sudo)
 # Root inside of a container may still not be allowed to make one: what counts is whether the
-# system tests could get their namespaces.
-SYSTEM      := $(if $(ROOT),$(shell unshare --mount --net true 2>/dev/null && echo yes))
+# system tests could get their namespaces and loop devices.
+SYSTEM      := $(if $(ROOT),$(shell unshare --mount --net test -w /dev/loop-control 2>/dev/null \
+	&& echo yes))
 
 RUN_PACKAGES := ca-certificates casync gpgv python3 python3-configobj python3-debian \
 	python3-icmplib python3-netifaces python3-requests python3-systemd python3-tqdm \
