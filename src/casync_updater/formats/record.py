@@ -437,12 +437,10 @@ class RecordWriter:
             elif 0 < len(self._block) < _LEAST_BLOCK:
                 # The little that is pending goes along with this one; the next is taken over.
                 self._block += old.skeleton.read(place, stop)
-                rest = self._block[len(self._block) // 2 :]
-                del self._block[len(self._block) // 2 :]
-                self._flush()
-                self._block += rest
-                self._flush()
                 self._size += stop - place
+                if len(self._block) > _BLOCK:
+                    self._cut(len(self._block) // 2)
+                self._flush()
             else:
                 self._flush()
                 self._frames.append(frame)
@@ -494,13 +492,16 @@ class RecordWriter:
 
     def _flush(self) -> None:
         if self._block:
-            self._frames.append(self._compress(self._block))
-            self._block.clear()
+            self._cut(len(self._block))
+
+    def _cut(self, size: int) -> None:
+        """Compress so many of the bytes that are pending."""
+        self._frames.append(self._compress(self._block[:size]))
+        del self._block[:size]
 
     def _append(self, data: bytes) -> None:
         block = self._block
         block += data
         self._size += len(data)
         while len(block) >= _BLOCK:
-            self._frames.append(self._compress(block[:_BLOCK]))
-            del block[:_BLOCK]
+            self._cut(_BLOCK)

@@ -25,7 +25,7 @@ DATA = b"0123456789" * 50
 STREAM = folder(
     (b"a", file(DATA)),
     (b"d", folder((b"e", file(b"")), (b"f", file(b"tail")))),
-    *((b"n%06d" % number, file(b"")) for number in range(3000)),
+    *((b"n%06d" % number, file(b"")) for number in range(6000)),
 )
 
 
