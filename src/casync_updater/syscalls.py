@@ -17,7 +17,7 @@ _LONG = struct.calcsize("L")
 _FS_IOC_GETFLAGS = 0x80006601 | _LONG << 16
 _FS_IOC_SETFLAGS = 0x40006602 | _LONG << 16
 
-_M_ARENA_MAX = -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,14 +70,17 @@ def sync_around(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def share_memory_among_threads() -> None:
-    """Have malloc keep two arenas in place of eight for each processor.
+def save_memory() -> None:
+    """Have malloc give back what was freed: threads come and go here, and chunks and columns.
 
-    Each keeps for itself what its threads freed, which is a MiB or more after some chunks. Only
-    the GNU C library has such a thing.
+    It would keep eight arenas for each processor, each with what its threads freed, and put ever
+    larger pieces among small ones, where they leave holes when they grow. Only the GNU C library
+    has such settings.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, 2)
+        _libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 256 << 10)
 
 
 def is_unchangeable(path: Path) -> bool:

@@ -54,7 +54,7 @@ def measure(folder: Path, size: int, levels: list[int]) -> None:
                 spent += time.process_time() - begin
             sums.append(total)
         print(
-            f"| {size >> 10}K | {level} | {len(first):,} | {len(indexes[0].table) / 1e6:.2f}"
+            f"| {size >> 10}K | {level} | {len(indexes[0]):,} | {len(indexes[0].table) / 1e6:.2f}"
             f" | {sums[0] / 1e6:.1f} | {len(update)} | {sums[1] / 1e6:.2f} | {spent:.1f} s |",
             flush=True,
         )

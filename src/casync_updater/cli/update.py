@@ -22,7 +22,7 @@ from casync_updater.model import Entry, Monitor, Reason, Settings
 from casync_updater.reports import CycleEnd, Outcome, PipeMonitor
 from casync_updater.sources.base import shown
 from casync_updater.state import StateFolder
-from casync_updater.syscalls import share_memory_among_threads
+from casync_updater.syscalls import save_memory
 
 _FOREVER = 1e9
 
@@ -55,7 +55,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the cycles one after the other; each is tried."""
-    share_memory_among_threads()
+    save_memory()
     configuration, entries = chosen(arguments, arguments.names)
     ends: dict[str, CycleEnd] = {}
     settings = configuration.settings

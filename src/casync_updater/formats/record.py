@@ -57,8 +57,10 @@ DIRECTORY, END, FILE, LINK, SPECIAL = range(1, 6)
 DIGEST_SIZE = 32
 """Bytes of the digest of a file's content; casync's mtree shows all of them."""
 
-_BLOCK_BITS = 18
-_BLOCK = 1 << _BLOCK_BITS
+_BLOCK = 1 << 18
+_LEAST_BLOCK = 1 << 16
+"""A block of an old record that is taken over as it is has this size at least, so that blocks
+do not become small in the course of many updates."""
 _LENGTH = 8
 _MAGIC = b"casync-updater record 1\n"
 _INDEX = struct.Struct("<QQQQ")
@@ -94,30 +96,52 @@ def file_system_time(directory: int) -> int:
 class Blocks:
     """The skeleton: compressed in blocks, read anywhere, two blocks unpacked at a time."""
 
-    def __init__(self, frames: list[bytes], size: int) -> None:
+    def __init__(self, frames: list[bytes]) -> None:
+        """Read how large the blocks are.
+
+        Raises:
+            ValueError: a frame does not say so, or is too large.
+        """
         self.frames = frames
-        self.size = size
+        sizes = [zstandard.frame_content_size(frame) for frame in frames]
+        if not all(0 < size <= _BLOCK for size in sizes):
+            raise ValueError("a block of it has an impossible size")
+        self._starts = array("Q", accumulate(sizes, initial=0))
         self._unpacked: dict[int, bytes] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the skeleton."""
+        return self._starts[-1]
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from start to end."""
-        number = start >> _BLOCK_BITS
-        base = number << _BLOCK_BITS
+        number = bisect_right(self._starts, start) - 1
+        base = self._starts[number]
         block = self._unpacked.get(number) or self._unpack(number)
-        if end - base <= _BLOCK:
+        if end <= base + len(block):
             return block[start - base : end - base]
         out = bytearray(block[start - base :])
-        for position in range(base + _BLOCK, end, _BLOCK):
+        while len(out) < end - start:
             number += 1
-            out += self._unpack(number)[: end - position]
+            out += self._unpack(number)[: end - self._starts[number]]
         return bytes(out)
+
+    def whole(self, start: int, end: int) -> bytes | None:
+        """The frame of the block that begins here and does not reach beyond the end, if any."""
+        number = bisect_right(self._starts, start) - 1
+        if self._starts[number] != start or not start < self._starts[number + 1] <= end:
+            return None
+        return self.frames[number]
+
+    def stop(self, start: int) -> int:
+        """Where the block that has this place ends."""
+        return self._starts[bisect_right(self._starts, start)]
 
     def _unpack(self, number: int) -> bytes:
         block = self._unpacked.get(number)
         if block is None:
-            block = zstandard.ZstdDecompressor().decompress(
-                self.frames[number], max_output_size=_BLOCK
-            )
+            block = zstandard.ZstdDecompressor().decompress(self.frames[number])
             if len(self._unpacked) > 1:
                 self._unpacked.pop(next(iter(self._unpacked)))
             self._unpacked[number] = block
@@ -313,7 +337,9 @@ def _parse(file: BinaryIO) -> Record:
     spans, parents = column("I"), column("I")
     inodes, mtimes, ctimes, modes = column("Q"), column("q"), column("q"), column("I")
     size = int.from_bytes(next(parts), "little")
-    skeleton = Blocks(list(parts), size)
+    skeleton = Blocks(list(parts))
+    if skeleton.size != size:
+        raise ValueError("its skeleton has another size than it says")
     return Record(
         index, kinds, starts, places, spans, parents, inodes, mtimes, ctimes, modes, skeleton
     )
@@ -409,8 +435,21 @@ class RecordWriter:
         self.modes += old.modes[first:last]
         place, end = old.places[first], old.places[last]
         while place < end:
-            stop = min(end, (place | (_BLOCK - 1)) + 1)
-            self._append(old.skeleton.read(place, stop))
+            stop = min(end, old.skeleton.stop(place))
+            frame = old.skeleton.whole(place, end)
+            if frame is None or stop - place < _LEAST_BLOCK:
+                self._append(old.skeleton.read(place, stop))
+            elif 0 < len(self._block) < _LEAST_BLOCK:
+                # The little that is pending goes along with this one; the next is taken over.
+                self._block += old.skeleton.read(place, stop)
+                self._size += stop - place
+                if len(self._block) > _BLOCK:
+                    self._cut(len(self._block) // 2)
+                self._flush()
+            else:
+                self._flush()
+                self._frames.append(frame)
+                self._size += stop - place
             place = stop
         return number
 
@@ -439,8 +478,7 @@ class RecordWriter:
     def finish(self) -> Record:
         """The record, after the last node."""
         assert not self._open
-        if self._block:
-            self._frames.append(self._compress(self._block))
+        self._flush()
         self.starts.append(self._index.size)
         self.places.append(self._size)
         return Record(
@@ -454,13 +492,21 @@ class RecordWriter:
             self.mtimes,
             self.ctimes,
             self.modes,
-            Blocks(self._frames, self._size),
+            Blocks(self._frames),
         )
+
+    def _flush(self) -> None:
+        if self._block:
+            self._cut(len(self._block))
+
+    def _cut(self, size: int) -> None:
+        """Compress so many of the bytes that are pending."""
+        self._frames.append(self._compress(self._block[:size]))
+        del self._block[:size]
 
     def _append(self, data: bytes) -> None:
         block = self._block
         block += data
         self._size += len(data)
         while len(block) >= _BLOCK:
-            self._frames.append(self._compress(block[:_BLOCK]))
-            del block[:_BLOCK]
+            self._cut(_BLOCK)

@@ -33,8 +33,8 @@ _RATE = 12_500_000
 """Bytes per second that the connections are to carry together, if each waits for its answer."""
 _COMPRESSED = 0.33
 """What compression leaves of a chunk, rather less than on average."""
-_AHEAD = 256 << 10
-"""Bytes that are fetched ahead per connection: a chunk of casync's usual maximum."""
+_AHEAD, _AHEAD_LIMIT = 4, 256 << 10
+"""What is fetched ahead per connection: so many average chunks, but no more than so many bytes."""
 _AHEAD_CHUNKS = 64
 """Chunks that are fetched ahead per connection, where they are tiny or all the same."""
 _ENDED = "the download was ended"
@@ -184,7 +184,7 @@ class Chunks:
         """The window: what is fetched, or waits for its turn, between the two iterators."""
         window: deque[tuple[ChunkRef, _Slot]] = deque()
         slots: dict[tuple[bytes, int], _Slot] = {}
-        ahead = 0
+        ahead, limit = 0, min(_AHEAD * self._index.chunk_avg, _AHEAD_LIMIT)
         coming = next(wanted, None)
         while coming is not None or window:
             count = self._side_by_side()
@@ -192,7 +192,7 @@ class Chunks:
                 slot = slots.get((coming.id, coming.size))
                 if slot is None:
                     # One chunk always fits: a store's maximum may be above what is ahead.
-                    if window and ahead + coming.size > _AHEAD * count:
+                    if window and ahead + coming.size > limit * count:
                         break
                     ahead += coming.size
                     slot = slots[coming.id, coming.size] = workers.submit(coming, count)

@@ -4,6 +4,7 @@ from array import array
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from casync_updater.errors import ContentError
 from casync_updater.formats import record as record_format
@@ -11,6 +12,7 @@ from casync_updater.formats.archive import Decoder, Memory
 from casync_updater.formats.index import Index
 from casync_updater.formats.record import (
     DIGEST_SIZE,
+    DIRECTORY,
     END,
     FILE,
     Record,
@@ -24,7 +26,7 @@ DATA = b"0123456789" * 50
 STREAM = folder(
     (b"a", file(DATA)),
     (b"d", folder((b"e", file(b"")), (b"f", file(b"tail")))),
-    *((b"n%06d" % number, file(b"")) for number in range(3000)),
+    *((b"n%06d" % number, file(b"")) for number in range(6000)),
 )
 
 
@@ -143,3 +145,43 @@ def test_the_clock_of_a_file_system_leaves_mtimes_alone(tmp_path: Path) -> None:
     os.close(directory)
     assert tmp_path.stat().st_mtime == 8
     assert now == tmp_path.stat().st_ctime_ns
+
+
+def test_blocks_that_did_not_change_are_taken_over(record: Record) -> None:
+    """As they are, compressed; and however often that is done, they do not become small."""
+    stretched, taken = record, 0
+    for _ in range(5):
+        before = stretched
+        stretched = copied(before, twice=500)
+        assert len(stretched) == len(before) + 1
+        for node in range(len(before)):
+            now = node + (node > 500)
+            assert stretched.raw(now) == before.raw(node)
+            assert stretched.path(now) == before.path(node)
+        old = {id(frame) for frame in before.skeleton.frames}
+        taken += sum(id(frame) in old for frame in stretched.skeleton.frames)
+        sizes = [zstandard.frame_content_size(frame) for frame in stretched.skeleton.frames]
+        assert min(sizes[:-1]) >= 64 << 10
+        assert (
+            sum(sizes)
+            == stretched.skeleton.size
+            == before.skeleton.size + len(before.raw(500)) + DIGEST_SIZE
+        )
+    assert taken >= 3
+
+
+def copied(old: Record, twice: int) -> Record:
+    """A record that has one file of another one twice."""
+    writer = RecordWriter(old.index)
+    writer.add(old.decode(0), DIRECTORY)
+    for first, last in ((1, twice + 1), (twice, len(old))):
+        begin = writer.copy(old, first, last, old.starts[first])
+        for number in range(begin, begin + last - first):
+            kind = writer.kinds[number]
+            if kind == END:
+                writer.close(number)
+            elif kind == DIRECTORY:
+                writer.open(number)
+            else:
+                writer.adopt(number)
+    return writer.finish()
