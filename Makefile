@@ -37,9 +37,9 @@ TEST_PACKAGES := bash-completion e2fsprogs gpg gpg-agent man-db mypy procps pyth
 	python3-pytest python3-pytest-xdist python3-typeshed
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils cpio debian-archive-keyring dosfstools exfatprogs fdisk iproute2 \
-	kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common qemu-system-x86 \
-	qemu-user-static systemd-container
+SYSTEM_PACKAGES := apt-utils arch-test cpio debian-archive-keyring dosfstools exfatprogs fdisk \
+	iproute2 kmod mmdebstrap mtools nftables qemu-system-arm qemu-system-common \
+	qemu-system-x86 qemu-user-static systemd-container
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -83,7 +83,7 @@ unit: ## The unit tests alone
 	@$(PYTEST) -n $(WORKERS) -q tests/unit
 
 .PHONY: test-system
-test-system: deps ## Every system test, the long ones too (root; about a quarter of an hour)
+test-system: deps ## Every system test, the long ones too (root; half an hour, the first time more)
 	@if [ -z "$(SYSTEM)" ]; then
 		echo "The system tests boot containers: that takes root." >&2
 		exit 1
