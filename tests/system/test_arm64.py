@@ -1,6 +1,6 @@
 """The packages on arm64, the architecture of a Raspberry Pi, whose programs are emulated here.
 
-The base system is what takes long: 3 to 5 minutes, once a week, on 2 cores that nobody else uses.
+What takes long is the base system, once a week: many minutes.
 """
 
 import json
