@@ -40,7 +40,7 @@ TEST_PACKAGES := $(CHECK_PACKAGES) e2fsprogs man-db mypy procps python3-pytest-x
 	python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils btrfs-progs cpio debian-archive-keyring debootstrap debos dosfstools \
+SYSTEM_PACKAGES := apt-utils arch-test btrfs-progs cpio debian-archive-keyring debootstrap debos dosfstools \
 	exfatprogs fdisk iproute2 kmod mmdebstrap mtools nftables python3-pyfuse3 qemu-system-arm \
 	qemu-system-common qemu-system-x86 qemu-user-static systemd-container xfsprogs
 
@@ -86,7 +86,7 @@ unit: ## The unit tests alone
 	@$(PYTEST) -n $(WORKERS) -q tests/unit
 
 .PHONY: test-system
-test-system: deps ## Every system test, the long ones too (root; about a quarter of an hour)
+test-system: deps ## Every system test, the long ones too (root; half an hour, the first time more)
 	@if [ -z "$(SYSTEM)" ]; then
 		echo "The system tests boot containers: that takes root." >&2
 		exit 1

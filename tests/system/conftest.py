@@ -60,8 +60,8 @@ def make_appliance(packages: list[Path], target: Path) -> None:
         serve_packages("127.0.0.1", repository) as server,
     ):
         configure_apt(machine, server, repository)
-        machine.chroot("apt-get", "-qq", "update")
-        machine.chroot("apt-get", "install", "-y", "casync-updater")
+        machine.chroot("apt-get", "-qq", "update", timeout=1800)
+        machine.chroot("apt-get", "install", "-y", "casync-updater", timeout=1800)
         machine.chroot("apt-get", "clean")
         make_system(machine.root, target / "disk", "bookworm")
 

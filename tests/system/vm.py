@@ -138,12 +138,15 @@ class System:
     disk: Path
 
 
-def virtual_base(release: str, architecture: str = "amd64") -> Path:
+def virtual_base(
+    release: str, architecture: str = "amd64", *, packages: Sequence[str] = ()
+) -> Path:
     """The tar file of a minimal system with what a virtual machine needs, of any architecture.
 
     It is made anew when it is older than a week: 20 to 35 s, and minutes where it is emulated.
     """
-    name = f"{release}-{architecture}-virtual.tar"
+    include = (*PACKAGES, *_PACKAGES, *packages)
+    name = f"{release}-{architecture}-virtual-{_mark(include)}.tar"
     with cached(name) as new:
         if new is not None:
             with emulated(architecture):
@@ -151,15 +154,14 @@ def virtual_base(release: str, architecture: str = "amd64") -> Path:
                     release,
                     new,
                     *("--variant=apt", f"--architectures={architecture}", _MERGED_USR),
-                    include=(*PACKAGES, *_PACKAGES),
+                    include=include,
                 )
     return CACHE / name
 
 
 def kernel(release: str, architecture: str = "amd64") -> Kernel:
     """Debian's newest kernel for a release, from the cache when it is fresh."""
-    made_how = zlib.crc32(repr((_MODULES, _INIT)).encode())
-    name = f"{release}-{architecture}-kernel-{made_how:08x}"
+    name = f"{release}-{architecture}-kernel-{_mark((_MODULES, _INIT))}"
     with cached(name) as new:
         if new is not None:
             _make_kernel(release, architecture, new)
@@ -177,6 +179,10 @@ def make_system(
     wanted = units / "sysinit.target.wants/systemd-network-generator.service"
     wanted.parent.mkdir(parents=True, exist_ok=True)
     wanted.symlink_to("/lib/systemd/system/systemd-network-generator.service")
+    # What is emulated on a busy machine takes its time; drives are waited for as ever.
+    settings = tree / "etc/systemd/system.conf.d/emulated.conf"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text("[Manager]\nDefaultTimeoutStartSec=20min\nDefaultDeviceTimeoutSec=90s\n")
     # Boots that seem to be months after the last one would start with them.
     for timer in ("apt-daily.timer", "apt-daily-upgrade.timer"):
         (units / timer).symlink_to("/dev/null")
@@ -586,6 +592,11 @@ class _Channel:
             self._received += received
         line, self._received = self._received.split(b"\n", 1)
         return dict(json.loads(line))
+
+
+def _mark(recipe: object) -> str:
+    """Part of a name in the cache: what was made in another way is another thing."""
+    return f"{zlib.crc32(repr(recipe).encode()):08x}"
 
 
 def _make_kernel(release: str, architecture: str, target: Path) -> None:

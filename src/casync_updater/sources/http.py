@@ -182,10 +182,16 @@ class _Flight:
             with contextlib.suppress(OSError):
                 self.handle.shutdown(socket.SHUT_RDWR)
 
-    def count(self) -> int:
-        """Bytes that the connection received since it was opened."""
+    def count(self) -> int | None:
+        """Bytes that the connection received since it was opened.
+
+        None where the system does not count them: emulators of another architecture cut the
+        answer off. Silence still ends a request there, a trickle does not.
+        """
         assert self.handle is not None
         info = self.handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+        if len(info) < _BYTES_RECEIVED.size:
+            return None
         received: int = _BYTES_RECEIVED.unpack(info)[0]
         return received
 
@@ -234,7 +240,7 @@ class _Watch:
             if self._closed or flight.generation != self.generation:
                 flight.end("aborted")
                 return
-            flight.since, flight.base = self._clock.monotonic(), flight.count()
+            flight.since, flight.base = self._clock.monotonic(), flight.count() or 0
             self._flights.add(flight)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="stalls", daemon=True)
@@ -248,7 +254,8 @@ class _Watch:
                 for flight in self._flights:
                     if now - flight.since < self._window:
                         continue
-                    received = flight.count()
+                    if (received := flight.count()) is None:
+                        continue
                     if received - flight.base < self._enough:
                         flight.end("stalled")
                     flight.since, flight.base = now, received
