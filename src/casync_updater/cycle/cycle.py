@@ -75,15 +75,11 @@ class Cycle(Session):
             reason: who started the cycle; actions and the log are told.
             accept_legacy: take a source without a release this once.
         """
-        had = self._folder.peek().installed
-        end = self._run(reason, accept_legacy)
-        has = self._state.installed
-        return replace(end, had=_called(had), version=end.version or _called(has))
-
-    def _run(self, reason: Reason, accept_legacy: bool) -> CycleEnd:
+        had: Installed | None = None
         try:
             with contextlib.ExitStack() as stack:
                 self._state = self._folder.load()
+                had = self._state.installed
                 self._refused_before = self._state.refused
                 stack.callback(self._close)
                 site = self.recover()
@@ -105,7 +101,12 @@ class Cycle(Session):
             end = self._failed(
                 LocalError(f"{error.filename or self._entry.name}: {error.strerror}")
             )
-        return replace(end, received=self.received)
+        return replace(
+            end,
+            had=_called(had),
+            version=end.version or _called(self._state.installed),
+            received=self.received,
+        )
 
     def _cycle(self, site: Site, reason: Reason, accept_legacy: bool) -> CycleEnd:
         self._monitor.step(Step.CHECK)
@@ -126,33 +127,25 @@ class Cycle(Session):
             self._log.warning("%s: %s", outcome.candidate.where, outcome.candidate.remark)
         with _blamed(outcome.candidate.origin):
             offer = self._offer(site, checked, reason)
+        commands: tuple[str, ...] = ()
         if offer is None:
             assert isinstance(outcome, UpToDate)
             self._renew(outcome.candidate)
-            self._note(checked)
-            self._mirror(site, checked.demands, checked.answered)
-            self._prepare_own_upgrade(site)
-            return self._end(Outcome.CURRENT, outcome.note or "up to date", outcome.candidate)
-        if self._adopt(site, offer):
-            self._note(checked)
-            self._mirror(site, checked.demands, checked.answered)
-            self._prepare_own_upgrade(site)
-            return self._end(Outcome.ADOPTED, "adopted as it is", offer.candidate)
-        with _blamed(offer.candidate.origin):
-            commands = self._installed_somehow(offer, checked, reason)
-        site = survey(self._entry, self._state.no_exchange)
+            result, message = Outcome.CURRENT, outcome.note or "up to date"
+        elif self._adopt(site, offer):
+            result, message = Outcome.ADOPTED, "adopted as it is"
+        else:
+            with _blamed(offer.candidate.origin):
+                commands = self._installed_somehow(offer, checked, reason)
+            site = survey(self._entry, self._state.no_exchange)
+            verb = "repaired" if offer.repair else "updated to"
+            result, message = Outcome.UPDATED, f"{verb} {offer.candidate.version}"
         self._note(checked)
         self._prove(site)
         self._mirror(site, checked.demands, checked.answered)
         self._prepare_own_upgrade(site)
-        return self._end(
-            Outcome.UPDATED,
-            f"repaired {offer.candidate.version}"
-            if offer.repair
-            else f"updated to {offer.candidate.version}",
-            offer.candidate,
-            commands,
-        )
+        candidate = outcome.candidate if offer is None else offer.candidate
+        return self._end(result, message, candidate, commands)
 
     def _installed_somehow(self, offer: Offer, checked: Checked, reason: Reason) -> tuple[str, ...]:
         """Install with one exchange, or in place where that is found not to work.
@@ -493,7 +486,7 @@ class Cycle(Session):
         self._state = replace(self._state, backup_absent=False)
         self._monitor.step(Step.MIRROR, _called(installed))
         mirror = Mirror(location, self._folder)
-        try:
+        with self._beside("the backup was not refreshed"):
             found = mirror.survey(
                 installed,
                 self._source(Origin.BACKUP),
@@ -522,33 +515,27 @@ class Cycle(Session):
                     done.chunks,
                     done.size / 1e6,
                 )
-        except StoppedError:
-            raise
-        except UpdaterError as error:
-            self._log.error("the backup was not refreshed: %s", error)
-            self._failures.append(error)
-            if isinstance(error, TrustError):
-                now = self._outside.clock.time()
-                self._state = replace(self._state, refused=self._refusal(error, now))
 
     def _prepare_own_upgrade(self, site: Site) -> None:
-        """Prepare the installation of packages of this program, if that is what the entry has.
-
-        What is refused, or fails, does not fail the update of the destination; it is in the
-        cycle's end.
-        """
+        """Prepare the installation of packages of this program, if that is what the entry has."""
         if not self._entry.self_update or self._state.held is not None:
             return
-        try:
+        with self._beside("casync-updater stays as it is"):
             upgrade = self._own_upgrade.prepare(
                 site.destination, self._entry, self._settings, os.environ
             )
             if upgrade is not None:
                 self._log.info("%s", upgrade)
+
+    @contextlib.contextmanager
+    def _beside(self, what: str) -> Iterator[None]:
+        """What fails in here does not fail the update; it is in the cycle's end and in `status`."""
+        try:
+            yield
         except StoppedError:
             raise
         except UpdaterError as error:
-            self._log.error("casync-updater stays as it is: %s", error)
+            self._log.error("%s: %s", what, error)
             self._failures.append(error)
             if isinstance(error, TrustError):
                 now = self._outside.clock.time()

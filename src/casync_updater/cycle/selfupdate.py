@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from debian.deb822 import Deb822
-
 from casync_updater import syscalls
 from casync_updater.errors import LocalError, SpaceError, TrustError, UpdaterError
 from casync_updater.model import Entry, Settings
@@ -125,8 +123,9 @@ def read(file: Path) -> Package:
     return Package(name, version, architecture, size, file)
 
 
-def _control(file: Path) -> Deb822:
+def _control(file: Path) -> Mapping[str, str]:
     """The control file, without unpacking one that is no such thing."""
+    from debian.deb822 import Deb822  # noqa: PLC0415
     from debian.debfile import DebFile  # noqa: PLC0415
 
     with DebFile(filename=str(file)) as package:
@@ -135,7 +134,8 @@ def _control(file: Path) -> Deb822:
                 if not member.isfile() or member.size > _CONTROL_LIMIT:
                     raise ValueError("its control file is none")
                 content = package.control.tgz().extractfile(member)
-                return Deb822(content.read())
+                fields: Mapping[str, str] = Deb822(content.read())
+                return fields
             if number > _MEMBER_LIMIT or member.size > _CONTROL_LIMIT * _MEMBER_LIMIT:
                 break
     raise ValueError("it has no control file")

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from debian.deb822 import Deb822
-
 from casync_updater.errors import LocalError
 from casync_updater.tools import process
 
@@ -124,6 +122,8 @@ def repack(name: str, folder: Path) -> Path:
     Raises:
         LocalError: a program failed, or a file cannot be read or written.
     """
+    from debian.deb822 import Deb822  # noqa: PLC0415 - for one entry of many only
+
     tree = folder / name
     shown = _query("--status", name)
     stanza = Deb822(shown)
