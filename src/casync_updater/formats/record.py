@@ -62,7 +62,9 @@ _LEAST_BLOCK = 1 << 16
 """A block of an old record that is taken over as it is has this size at least, so that blocks
 do not become small in the course of many updates."""
 _LENGTH = 8
-_MAGIC = b"casync-updater record 1\n"
+_MAGIC = b"casync-updater record 2\n"
+_ONE_SIZE_OF_BLOCK = b"casync-updater record 1\n"
+"""How a record began whose blocks all had one size, and whose readers relied on that."""
 _INDEX = struct.Struct("<QQQQ")
 
 
@@ -320,7 +322,7 @@ def load(path: Path) -> Record | None:
 
 
 def _parse(file: BinaryIO) -> Record:
-    if file.read(len(_MAGIC)) != _MAGIC:
+    if file.read(len(_MAGIC)) not in (_MAGIC, _ONE_SIZE_OF_BLOCK):
         raise ValueError("it is no record")
     parts = iter(_checked_parts(file))
 

@@ -110,9 +110,22 @@ def test_nothing_is_unpacked_before_the_checksum_is_right(record: Record, tmp_pa
 
 def test_a_record_without_parts_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "record"
-    path.write_bytes(b"casync-updater record 1\n" + bytes(8) + hashlib.sha256().digest())
+    path.write_bytes(b"casync-updater record 2\n" + bytes(8) + hashlib.sha256().digest())
     with pytest.raises(ContentError, match="damaged"):
         record_format.load(path)
+
+
+def test_a_record_of_the_version_before_is_read(record: Record, tmp_path: Path) -> None:
+    """That version would misread this one's blocks, so the two begin differently."""
+    path = tmp_path / "record"
+    written = b"".join(record.packed())
+    path.write_bytes(written.replace(b"casync-updater record 2\n", b"casync-updater record 1\n", 1))
+    assert path.read_bytes() != written
+    found = record_format.load(path)
+    assert found is not None
+    assert [found.name(node) for node in range(len(found))] == [
+        record.name(node) for node in range(len(record))
+    ]
 
 
 def test_no_record_is_none(tmp_path: Path) -> None:
