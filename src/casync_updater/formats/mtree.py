@@ -116,7 +116,8 @@ def diff(old: Iterable[Node], new: Iterable[Node]) -> Changes:
     """What differs between two trees: type, content, mode, owner, link target.
 
     A new mtime alone is no change. What only one of the two archives carries (modes, say) is
-    not compared. Both are read once, side by side, so memory grows with the difference only.
+    not compared, and the root itself is no addition: what is in it is. Both are read once, side
+    by side, so memory grows with the difference only.
     """
     added: list[bytes] = []
     changed: list[bytes] = []
@@ -126,7 +127,8 @@ def diff(old: Iterable[Node], new: Iterable[Node]) -> Changes:
     while before is not None or after is not None:
         if before is None or (after is not None and after.order < before.order):
             assert after is not None
-            added.append(after.path)
+            if after.path != b".":
+                added.append(after.path)
             after = next(news, None)
         elif after is None or before.order < after.order:
             removed.append(before.path)
