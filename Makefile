@@ -40,9 +40,11 @@ TEST_PACKAGES := $(CHECK_PACKAGES) e2fsprogs man-db mypy procps python3-pytest-x
 	python3-typeshed python3-yaml shellcheck
 DEMO_PACKAGES := gpg gpg-agent nginx-light python3-urllib3
 BENCH_PACKAGES := iproute2 mmdebstrap nginx-light ostree procps rsync time
-SYSTEM_PACKAGES := apt-utils arch-test btrfs-progs cpio debian-archive-keyring debootstrap debos dosfstools \
-	exfatprogs fdisk iproute2 kmod mmdebstrap mtools nftables python3-pyfuse3 qemu-system-arm \
-	qemu-system-common qemu-system-x86 qemu-user-static systemd-container xfsprogs
+SYSTEM_PACKAGES := apt-utils btrfs-progs debian-archive-keyring iproute2 mmdebstrap nftables \
+	python3-pyfuse3 qemu-system-common systemd-container xfsprogs
+# Virtual machines, other architectures, images: for what takes minutes.
+LONG_PACKAGES := $(SYSTEM_PACKAGES) arch-test cpio debootstrap debos dosfstools exfatprogs fdisk \
+	kmod mtools qemu-system-arm qemu-system-x86 qemu-user-static
 
 # Installs what is missing of the packages named; asks apt only when something is.
 define install
@@ -91,6 +93,7 @@ test-system: deps ## Every system test, the long ones too (root; half an hour, t
 		echo "The system tests boot containers: that takes root." >&2
 		exit 1
 	fi
+	$(call install,$(LONG_PACKAGES))
 	$(PYTEST) -n $(WORKERS) --dist loadgroup -q -m system tests
 
 .PHONY: online-table
@@ -135,7 +138,8 @@ campaign-power: deps ## Power cuts on a disk that remembers its writes (root; qe
 
 .PHONY: campaign-vm
 campaign-vm: deps ## Power cuts of a virtual machine with the package (root)
-	@$(call campaign,vm,100)
+	@$(call install,$(LONG_PACKAGES))
+	$(call campaign,vm,100)
 
 .PHONY: campaign-errors
 campaign-errors: deps ## EIO, ENOSPC, EROFS at each write, in every place (root; FUSE)
@@ -171,7 +175,8 @@ campaign-carry: deps ## One drive and ten devices of different ages, in random o
 
 .PHONY: campaign-drives
 campaign-drives: deps ## USB drives pulled out of a virtual machine, COUNT times each (root; long)
-	@USB_PULLS=$(or $(COUNT),20) $(PYTEST) -q tests/system/test_usb.py
+	@$(call install,$(LONG_PACKAGES))
+	USB_PULLS=$(or $(COUNT),20) $(PYTEST) -q tests/system/test_usb.py
 
 .PHONY: bench
 bench: deps ## Measure downloads, times and memory beside casync, rsync and OSTree (root)

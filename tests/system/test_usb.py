@@ -15,7 +15,7 @@ import pytest
 from system.usb import FOLDER, LABEL, POINT, Stick
 from system.vm import System, VirtualMachine, make_drive
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("usb")]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.xdist_group("usb")]
 PULLS = int(os.environ.get("USB_PULLS", "2"))
 
 
@@ -57,7 +57,6 @@ def test_the_whole_offline_update(fresh: Stick) -> None:
     assert "Device:   appliance (" in report
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("filesystem", ["vfat", "exfat", "ext4"])
 def test_pulled_out_while_it_is_read(fresh: Stick, filesystem: str) -> None:
     stick, rng = fresh, random.Random(filesystem)
@@ -86,7 +85,6 @@ def test_pulled_out_while_it_is_read(fresh: Stick, filesystem: str) -> None:
         assert f"it had:     {old}" in report
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("filesystem", ["vfat", "exfat", "ext4"])
 def test_pulled_out_while_it_is_written(fresh: Stick, filesystem: str) -> None:
     stick = fresh
@@ -112,7 +110,6 @@ def test_pulled_out_while_it_is_written(fresh: Stick, filesystem: str) -> None:
         assert "refreshed the backup" not in stick.journal(4)
 
 
-@pytest.mark.long
 def test_read_only(fresh: Stick) -> None:
     stick = fresh
     drive = stick.drive(stick.publish(1))
@@ -125,7 +122,6 @@ def test_read_only(fresh: Stick) -> None:
     assert drive.read_bytes() == before
 
 
-@pytest.mark.long
 def test_full(fresh: Stick) -> None:
     """What does not fit leaves the drive as it was."""
     stick = fresh
@@ -145,7 +141,6 @@ def test_full(fresh: Stick) -> None:
     assert "the drive:  30.0" in report
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("direction", ["read", "write"])
 def test_it_fails_in_the_middle(fresh: Stick, direction: str) -> None:
     """Sectors that cannot be read or written: no hang, no half update, and a good drive helps."""
@@ -172,7 +167,6 @@ def test_it_fails_in_the_middle(fresh: Stick, direction: str) -> None:
     stick.demand_drive(drive, "41.0")
 
 
-@pytest.mark.long
 def test_labels_that_lie(fresh: Stick) -> None:
     stick = fresh
     photo = stick.folder / "photo.jpg"
@@ -202,7 +196,6 @@ def test_labels_that_lie(fresh: Stick) -> None:
         )
 
 
-@pytest.mark.long
 def test_a_file_system_that_the_kernel_refuses(fresh: Stick) -> None:
     stick = fresh
     drive = stick.drive(stick.publish(1), "ext4")
@@ -225,7 +218,6 @@ def test_a_file_system_that_the_kernel_refuses(fresh: Stick) -> None:
         stick.ended("success")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("label", ["My Own", "a$b`c;d, e"])
 def test_strange_labels(stick: Stick, label: str) -> None:
     stick.configure(label)
@@ -237,7 +229,6 @@ def test_strange_labels(stick: Stick, label: str) -> None:
     stick.demand_drive(drive, "1.0", "ext4")
 
 
-@pytest.mark.long
 def test_two_at_once(fresh: Stick) -> None:
     """Two of the same label one after the other, one of another label beside them."""
     stick = fresh
@@ -256,7 +247,6 @@ def test_two_at_once(fresh: Stick) -> None:
     stick.demand_drive(new, "61.0")
 
 
-@pytest.mark.long
 def test_at_boot_before_the_service(fresh: Stick) -> None:
     stick = fresh
     stick.machine.run("systemctl", "stop", "casync-updater")
@@ -267,7 +257,6 @@ def test_at_boot_before_the_service(fresh: Stick) -> None:
     stick.demand("1.0")
 
 
-@pytest.mark.long
 def test_the_service_stops_in_the_middle(fresh: Stick) -> None:
     """The next start goes on with the drive that is still mounted."""
     stick = fresh
@@ -278,7 +267,6 @@ def test_the_service_stops_in_the_middle(fresh: Stick) -> None:
     stick.demand("70.0")
 
 
-@pytest.mark.long
 def test_somebody_still_uses_it(fresh: Stick) -> None:
     stick = fresh
     with stick.plugged(stick.drive(stick.publish(80, large=8)), quiet=True):
@@ -293,7 +281,6 @@ def test_somebody_still_uses_it(fresh: Stick) -> None:
     stick.until(lambda: stick.drives() == [], "its end")
 
 
-@pytest.mark.long
 def test_mounted_by_somebody_else(fresh: Stick) -> None:
     """An automounter's drive is used where it is, and is not taken away from it."""
     stick = fresh

@@ -8,7 +8,7 @@ import pytest
 from system.repository import serve
 from system.vm import System, VirtualMachine, make_drive
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.long]
 
 
 def test_a_machine_gets_a_drive_loses_its_power_and_boots_again(
