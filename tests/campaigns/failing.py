@@ -22,6 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import casync_updater
+from casync_updater import syscalls
+
 OPERATIONS = (
     *("write", "fsync", "fsyncdir", "create", "mkdir", "rename", "link", "symlink"),
     *("unlink", "rmdir", "setattr", "setxattr"),
@@ -40,6 +43,7 @@ class FailingFolder:
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), self._real, self._mounted],
+            env={**os.environ, "PYTHONPATH": str(Path(casync_updater.__file__).parents[1])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -226,8 +230,6 @@ def _serve(real: str, mounted: str) -> None:
             self, old: int, old_name: bytes, new: int, new_name: bytes, flags: int, ctx: Any
         ) -> None:
             plan.strike("rename")
-            from casync_updater import syscalls  # noqa: PLC0415
-
             source = Path(os.fsdecode(self._inside(old, old_name)))
             target = Path(os.fsdecode(self._inside(new, new_name)))
             with passed_on():

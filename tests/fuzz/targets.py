@@ -487,10 +487,9 @@ def load_record(data: bytes) -> None:
     assert record_format.load(path) is not None
 
 
-def record_seeds(folder: Path) -> Iterator[bytes]:
+def record_seeds(_folder: Path) -> Iterator[bytes]:
     for flags, stream in archive_streams():
-        _record_of(stream, flags).save(folder / "record")
-        yield (folder / "record").read_bytes()
+        yield b"".join(_record_of(stream, flags).packed())
 
 
 def read_leftover(data: bytes) -> None:
