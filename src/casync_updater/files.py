@@ -1,8 +1,8 @@
 """Files that are either the old or the new ones, also after a power cut."""
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from casync_updater.syscalls import sync_file_system
@@ -59,7 +59,7 @@ def _temporary(path: Path) -> Path:
 def _write(path: Path, pieces: Iterable[bytes], mode: int, *, sync: bool) -> None:
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+    with named(path), os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         file.writelines(pieces)
         file.flush()
         os.fchmod(file.fileno(), mode)
@@ -71,6 +71,18 @@ def sync_folder(path: Path) -> None:
     """Make what was created, renamed or removed in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What fails in here says which file it was about: errors of a descriptor do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

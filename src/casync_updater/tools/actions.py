@@ -137,7 +137,7 @@ class ActionRunner(Protocol):
         """Remove what was kept of an action that has ended; also what a kill left of that.
 
         Raises:
-            OSError: it cannot be removed; it can be asked for again.
+            LocalError: it cannot be removed; it can be asked for again.
         """
 
 
@@ -509,8 +509,13 @@ def _await_start(folder: Path, clock: Clock, ended: Callable[[], bool]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    try:
         shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        # Its file name is relative to wherever rmtree was.
+        raise LocalError(f"{folder} cannot be removed: {error.strerror}") from error
 
 
 def _read_handle(folder: Path) -> Handle | None:

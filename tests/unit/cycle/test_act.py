@@ -1,6 +1,5 @@
 """Promised actions: which, in what order, and how often."""
 
-import errno
 import logging
 import os
 import signal
@@ -286,7 +285,7 @@ class FailingDisk(FolderRunner):
     def forget(self, action_id: str) -> None:
         if self.failures:
             self.failures -= 1
-            raise OSError(errno.EIO, "Input/output error")
+            raise LocalError("it cannot be removed: Input/output error")
         super().forget(action_id)
 
 
@@ -306,7 +305,7 @@ def test_a_disk_that_fails_afterwards_repeats_no_action(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "one", "two")
     stage.runner = FailingDisk(tmp_path / "runner")
     actor = stage.actor()
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(LocalError, match="Input/output"):
         actor.act(stage.folder.load())
     assert actor.saved == stage.folder.load()
     assert stage.states() == [("one", ActionState.ENDED), ("two", ActionState.WAITING)]

@@ -20,6 +20,7 @@ from casync_updater.cycle.staging import make_staging, remove
 from casync_updater.cycle.tree import carry_over, cut
 from casync_updater.cycle.values import Offer, Plan, Staged
 from casync_updater.errors import ContentError, LocalError, RemoteError
+from casync_updater.files import named
 from casync_updater.formats import index as index_format
 from casync_updater.formats.store import LocalStore, content, file_limit
 from casync_updater.model import Apply, ChunkRef, Monitor, Progress
@@ -186,7 +187,8 @@ class CasyncBuilder:
         site, offer = plan.site, plan.offer
         suffix = ".caidx" if offer.is_archive else ".caibx"
         index = self._spool.with_suffix(suffix)
-        index.write_bytes(offer.index_bytes)
+        with named(index):
+            index.write_bytes(offer.index_bytes)
         in_place = site.apply is Apply.IN_PLACE
         seed = site.new if in_place else site.destination
         seeds = (seed,) if seed.exists() else ()
