@@ -173,10 +173,8 @@ class Lab:
         # Compiled once, as an installed package is: compiling takes a third of a cycle's start.
         compiled = {"PYTHONPYCACHEPREFIX": str(self.folder / "compiled")}
         compiled["PYTHONDONTWRITEBYTECODE"] = ""
-        # What other tests mount meanwhile is no event here.
-        script = f'mount --make-rprivate / && {prelude} && exec "$@"'
         with subprocess.Popen(
-            self.world.device.argv("sh", "-c", script, "sh", *command),
+            self.world.device.argv("sh", "-c", f'{prelude} && exec "$@"', "sh", *command),
             env=environment(compiled),
             stderr=subprocess.PIPE,
             text=True,

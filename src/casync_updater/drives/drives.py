@@ -49,8 +49,7 @@ class Drives:
         self._events: list[MediaAppeared] = []
         self._devices: Devices | None = None
         self._mountinfo = _MOUNTINFO.open("rb", buffering=0)
-        # Changes count from the opening: none can come between it and the first reading.
-        selector.register(self._mountinfo, selectors.EVENT_WRITE, self._look)
+        self._watching = False
         self._table = self._read()
         self._trusted: frozenset[Mount] = frozenset()
         self._backups: dict[str, str] = {}
@@ -67,6 +66,7 @@ class Drives:
         }
         media = configuration.settings.media
         self._visits.configure(media, self._backups)
+        self._watch(wanted=bool(self._backups or media.labels))
         if media.labels:
             self._listen()
         else:
@@ -127,8 +127,19 @@ class Drives:
     def close(self) -> None:
         """Watch no longer. What is mounted stays mounted; the next start goes on with it."""
         self._deafen()
-        self._selector.unregister(self._mountinfo)
+        self._watch(wanted=False)
         self._mountinfo.close()
+
+    def _watch(self, *, wanted: bool) -> None:
+        """Be woken by mounts only where one may matter: containers mount, and unmount, a lot.
+
+        The kernel counts changes from the opening, and tells of those in between at once.
+        """
+        if wanted and not self._watching:
+            self._selector.register(self._mountinfo, selectors.EVENT_WRITE, self._look)
+        elif self._watching and not wanted:
+            self._selector.unregister(self._mountinfo)
+        self._watching = wanted
 
     def _look(self) -> None:
         """Compare the mount table with what it was."""
