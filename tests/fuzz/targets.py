@@ -386,10 +386,7 @@ def signed_seeds(folder: Path) -> Iterator[bytes]:
 
 
 def keyring_seeds(folder: Path) -> Iterator[bytes]:
-    keys = Publisher(folder / "keys").keys
-    yield keys.keyring.read_bytes()
-    public = b"\n".join(keys.keyring.read_bytes().splitlines())
-    yield public
+    yield Publisher(folder / "keys").keys.keyring.read_bytes()
 
 
 def armored(_folder: Path) -> Iterator[bytes]:
