@@ -9,18 +9,15 @@ more, the next cycle goes on, and no action is lost or run twice. A destination 
 in place is not among the places: casync extracts to no FUSE file system.
 """
 
-import argparse
 import errno
 import os
 import random
-import shutil
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 from campaigns.failing import FailingFolder
-from campaigns.world import BrokenPromiseError, World, demand, report, workplace
+from campaigns.world import BrokenPromiseError, World, by_hand, demand
 
 PLACES = ("destination", "state", "drive", "cache")
 _NUMBERS = (errno.EIO, errno.ENOSPC, errno.EROFS)
@@ -133,22 +130,8 @@ class _Rounds:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=100, help="rounds, over all places")
-    options = parser.parse_args()
-    folder = workplace("/dev/shm" if Path("/dev/shm").is_dir() else None)
-    begin = time.monotonic()
-    try:
-        for outcome, number in campaign(folder, random.Random(options.seed), options.count).items():
-            report(f"{outcome}: {number}")
-    except BrokenPromiseError as error:
-        report(str(error))
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}")
-    return 0
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    return by_hand(__doc__, campaign, count=100, unit="rounds, over all places", where=memory)
 
 
 if __name__ == "__main__":

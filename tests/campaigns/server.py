@@ -7,16 +7,13 @@ client is started again and again; in every third round the publisher publishes 
 middle of it. What was fetched is kept between the tries.
 """
 
-import argparse
 import random
-import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from campaigns.world import BrokenPromiseError, World, demand, report, workplace
+from campaigns.world import World, by_hand, demand, report
 from support.webserver import Request, WebServer
 
 _TRIES = 40
@@ -121,22 +118,10 @@ def campaign(folder: Path, rng: random.Random, count: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=22, help="versions")
-    options = parser.parse_args()
-    folder = workplace()
-    begin = time.monotonic()
-    try:
-        total = campaign(folder, random.Random(options.seed), options.count)
-        report(f"{options.count} versions arrived, {total} requests")
-    except BrokenPromiseError as error:
-        report(str(error))
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}")
-    return 0
+    def outcomes(folder: Path, rng: random.Random, count: int) -> dict[str, int]:
+        return {"requests": campaign(folder, rng, count), "versions that arrived": count}
+
+    return by_hand(__doc__, outcomes, count=22, unit="versions")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,17 @@ arrives, or the old version stays as it is, and the message says what there is n
 room again, the next cycle goes on, and no action is lost or run twice.
 """
 
-import argparse
 import contextlib
 import random
 import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from campaigns.world import BrokenPromiseError, World, demand, report, workplace
+from campaigns.world import BrokenPromiseError, World, by_hand, demand
 from support.webserver import Request
 
 PLACES = ("destination", "state", "cache")
@@ -131,22 +129,7 @@ def _make_room(world: World) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=60, help="rounds, over all places")
-    options = parser.parse_args()
-    folder = workplace()
-    begin = time.monotonic()
-    try:
-        for outcome, number in campaign(folder, random.Random(options.seed), options.count).items():
-            report(f"{outcome}: {number}")
-    except BrokenPromiseError as error:
-        report(str(error))
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}")
-    return 0
+    return by_hand(__doc__, campaign, count=60, unit="rounds, over all places")
 
 
 if __name__ == "__main__":

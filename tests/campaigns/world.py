@@ -5,6 +5,7 @@ a kill, after a power cut. `check_quiet` holds after a command that was not dist
 everything that was promised has happened, and nothing is left over.
 """
 
+import argparse
 import hashlib
 import json
 import random
@@ -14,7 +15,8 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -409,3 +411,38 @@ def workplace(where: str | None = None) -> Path:
 
 def report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def by_hand(
+    script: str | None,
+    campaign: Callable[[Path, random.Random, int], Mapping[str, int]],
+    *,
+    count: int,
+    unit: str,
+    where: str | None = None,
+) -> int:
+    """The command line of a campaign; gives the exit code.
+
+    Args:
+        script: the script's docstring, whose first line is the description.
+        campaign: takes a folder, the chance and the count; gives how often what happened.
+        count: the default.
+        unit: what is counted.
+        where: the folder to work in, if not that for temporary files.
+    """
+    parser = argparse.ArgumentParser(description=(script or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=count, help=unit)
+    options = parser.parse_args()
+    folder = workplace(where)
+    begin = time.monotonic()
+    try:
+        for outcome, number in campaign(folder, random.Random(options.seed), options.count).items():
+            report(f"{outcome}: {number}")
+    except BrokenPromiseError as error:
+        report(str(error))
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(f"{time.monotonic() - begin:.0f} s, seed {options.seed}")
+    return 0
