@@ -40,7 +40,7 @@ def compress_again(store: Store, index: Index, since: int, reporter: Reporter) -
     Raises:
         OSError: the store cannot be read or written to.
     """
-    chunks = iter(index)
+    chunks = iter({ref.id: ref for ref in index}.values())
     lock = threading.Lock()
     ended = False
 
