@@ -189,6 +189,8 @@ class State:
     """When this program itself touched inodes of the installed tree; see `formats.record`."""
     newest_date: float | None = None
     """The newest Date of any verified release: a lower bound for the clock."""
+    keys: str | None = None
+    """SHA-256 of the keyrings by which the signed mark was last judged; see `cycle.marks`."""
 
     @property
     def accepted_release(self) -> bool:
@@ -299,6 +301,7 @@ class StateFolder:
                 unsigned_mark=state.unsigned_mark,
                 signed_mark=state.signed_mark,
                 newest_date=state.newest_date,
+                keys=state.keys,
             )
         return state
 
@@ -350,12 +353,21 @@ class StateFolder:
         from casync_updater.release import parse_release  # noqa: PLC0415 - deb822 is slow
         from casync_updater.trust import unwrap  # noqa: PLC0415
 
-        for file in sorted((self.path / "versions").glob("*.release")):
+        for file in self._releases():
             with contextlib.suppress(ContentError, OSError):
                 release = parse_release(unwrap(file.read_bytes()), str(file))
-                signed = file.with_suffix(".signed").exists()
-                state = accepted(state, release.mark, signed=signed)
+                state = accepted(state, release.mark, signed=_is_signed(file))
         return state
+
+    def _releases(self) -> list[Path]:
+        return sorted((self.path / "versions").glob("*.release"))
+
+    def signed_releases(self) -> Iterator[tuple[Path, bytes]]:
+        """The kept releases whose signature was verified, as published, with their files."""
+        for file in self._releases():
+            with contextlib.suppress(OSError):
+                if _is_signed(file):
+                    yield file, file.read_bytes()
 
     def save(self, state: State) -> None:
         """Replace the state file in one atomic, durable step.
@@ -514,6 +526,10 @@ def _write_release(file: Path, text: bytes, *, signed: bool) -> None:
     write_atomic(file, text)
     if signed:
         write_atomic(mark, b"")
+
+
+def _is_signed(release: Path) -> bool:
+    return release.with_suffix(".signed").exists()
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -5,6 +5,7 @@ parsed, and whether a counting signature stands behind it. gpgv verifies; what c
 here, from its status output alone.
 """
 
+import hashlib
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -136,6 +137,42 @@ def unwrap(body: bytes) -> bytes:
     """
     message = split_clearsigned(body)
     return body if message is None else message.text
+
+
+def still_vouched(body: bytes, *, keyrings: Sequence[Path]) -> bool:
+    """Whether a release that was accepted before has a signature by a key that is still believed.
+
+    Expired keys and signatures count, revoked keys do not. Where a keyring cannot be used, it
+    may be the one that has the key: then the answer is yes.
+
+    Raises:
+        LocalError: gpgv cannot do its work.
+    """
+    rings, problems = _usable(keyrings, required=True)
+    if problems:
+        return True
+    try:
+        message = split_clearsigned(body)
+        if message is None:
+            return False
+        verdicts = [_judge(body, message, ring, "a kept release", 0.0) for ring in rings]
+    except (ContentError, TrustError):
+        return False
+    counting = {Verdict.GOOD, Verdict.EXPIRED, Verdict.EXPIRED_KEY}
+    revoked = {s.key for ring in verdicts for s in ring if s.verdict is Verdict.REVOKED_KEY}
+    return bool({s.key for ring in verdicts for s in ring if s.verdict in counting} - revoked)
+
+
+def digest_of(keyrings: Sequence[Path]) -> str | None:
+    """SHA-256 over these keyrings, which tells them from others; None where one is unreadable."""
+    digest = hashlib.sha256()
+    try:
+        for path in keyrings:
+            for file in keyring_files(path):
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    except (ConfigError, OSError):
+        return None
+    return digest.hexdigest()
 
 
 def read_keyring(path: Path) -> Keyring:

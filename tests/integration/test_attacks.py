@@ -37,6 +37,7 @@ from support.catar import (
     record,
 )
 from support.device import Device
+from support.keys import key_maker
 from support.signed import OWNER, copy, location, release_of
 from support.trees import snapshot
 from support.webserver import WebServer
@@ -678,19 +679,36 @@ class TestKeyCompromise:
         assert victim.online().exit == 0
         assert victim.has(2)
 
-    def test_a_thief_who_signs_the_far_future(self, victim: Victim, world: World) -> None:
-        """It locks the publisher out; without its state, a device recognises what it has."""
-        date = 2_208_988_800.0
+    @both
+    def test_a_thief_who_signs_the_far_future(
+        self, victim: Victim, world: World, tmp_path: Path, where: str
+    ) -> None:
+        """It locks the publisher out until the key is dropped, and no longer."""
+        date = 4_102_444_800.0
         world.replace_release(victim.place, serial=int(date), date=date, valid_until=None)
-        assert victim.online().exit == 0
-        victim.device.source = location(world.sites[3])
-        end = victim.device.cycle()
-        assert "stale" in end.message
+        assert (victim.online() if where == "online" else victim.with_drive()).exit == 0
         assert victim.has(2)
-        shutil.rmtree(victim.device.folder / "state" / "tree")
-        victim.device.source = location(world.sites[3])
-        assert victim.device.cycle().exit == 0
+        mended = copy(world.sites[3], tmp_path / "mended")
+        lost = copy(mended, tmp_path / "lost")
+        both = world.publisher.keys
+        spare = replace(both, working=both.spare, keyring=tmp_path / "spare.gpg")
+        world.publisher.publish(mended, world.trees[3], version="3.1", keys=spare, valid_for=86400)
+
+        def meets(place: Path) -> CycleEnd:
+            victim.device.source = location(place if where == "online" else "/nowhere")
+            victim.device.backup = None if where == "online" else location(place)
+            return victim.device.cycle()
+
+        assert "stale" in meets(lost).message
+        assert victim.has(2)
+        with key_maker() as maker:
+            maker.gpg("--import", both.keyring)
+            spare.keyring.write_bytes(maker.gpg("--export", both.spare_fingerprint))
+        victim.device.keyring = spare.keyring
+        assert meets(mended).exit == 0, victim.device.log
         assert victim.has(3)
+        assert "no key of the changed keyring" in "\n".join(victim.device.log)
+        assert meets(copy(world.sites[2], tmp_path / "old")).exit == 4, "the thief's key is none"
 
     @both
     def test_keys_are_changed_without_a_gap(

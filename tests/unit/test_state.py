@@ -421,7 +421,7 @@ def test_a_format_is_what_its_fields_are() -> None:
                 "destination format unsigned_mark signed_mark installed previous"
                 " journal pending answers trial trial_boot bad held no_exchange refused"
                 " last_check last_success last_verify last_error backup_absent"
-                " backup_seen windows newest_date"
+                " backup_seen windows newest_date keys"
             ),
             "Mark": "serial date digest",
             "Installed": "digest index_sha256 since source origin version serial date root",

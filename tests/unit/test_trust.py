@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from casync_updater.errors import ConfigError, ContentError, LocalError, TrustError
-from casync_updater.trust import Statement, authenticate, read_keyring, unwrap
+from casync_updater.trust import (
+    Statement,
+    authenticate,
+    digest_of,
+    read_keyring,
+    still_vouched,
+    unwrap,
+)
 from support.keys import KeyMaker, key_maker
 
 TEXT = b"Format: 1\nProject: a\nChanges:\n * one\n"
@@ -312,6 +319,46 @@ def test_a_clock_that_is_ahead_lets_keys_expire(
 ) -> None:
     assert "expired key" in refused(bodies["expired"], ring("expired"), now=FUTURE)
     assert judge(bodies["good"], ring("good"), now=FUTURE).signed
+
+
+@pytest.mark.parametrize(
+    ("name", "keyring", "expected"),
+    [
+        ("good", ["good"], True),
+        ("good", ["other"], False),
+        ("good+other", ["other"], True),
+        ("expired", ["expired"], True),
+        ("sig-expired", ["good"], True),
+        ("revoked", ["revoked"], False),
+        ("revoked", ["revoked", "good"], False),
+        ("sha1", ["rsa"], False),
+    ],
+)
+def test_what_was_accepted_once_stands_as_long_as_its_key_is_believed(
+    bodies: dict[str, bytes],
+    ring: Callable[..., Path],
+    name: str,
+    keyring: list[str],
+    expected: bool,
+) -> None:
+    assert still_vouched(bodies[name], keyrings=[ring(*keyring)]) is expected
+
+
+def test_a_key_that_one_keyring_shows_as_revoked_vouches_nowhere(
+    keys: KeyMaker, bodies: dict[str, bytes], ring: Callable[..., Path]
+) -> None:
+    before = keys.home / "before"
+    assert still_vouched(bodies["revoked"], keyrings=[before])
+    assert not still_vouched(bodies["revoked"], keyrings=[before, ring("revoked")])
+
+
+def test_a_keyring_that_cannot_be_read_may_have_the_key(
+    bodies: dict[str, bytes], ring: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert still_vouched(bodies["good"], keyrings=[ring("other"), tmp_path / "none"])
+    assert not still_vouched(TEXT, keyrings=[ring("good")])
+    assert digest_of([ring("other"), tmp_path / "none"]) is None
+    assert digest_of([ring("good")]) not in (digest_of([ring("other")]), None)
 
 
 def test_directories_of_keyrings(keys: KeyMaker, bodies: dict[str, bytes], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from casync_updater.cycle import act, commit
 from casync_updater.cycle.act import Actor
 from casync_updater.cycle.check import Checker, by_hash
 from casync_updater.cycle.demands import read_slots
+from casync_updater.cycle.marks import judged_again
 from casync_updater.cycle.mirror import Mirror, Mirrored, present
 from casync_updater.cycle.record import kept_index, kept_nodes, version_differences
 from casync_updater.cycle.staging import Site, survey
@@ -140,6 +141,7 @@ class Session:
 
     def check(self, *, accept_legacy: bool = False) -> Checked:
         """Ask the sources; the state in memory takes their answers."""
+        self._judge_marks()
         checker = self._checker(accept_legacy=accept_legacy)
         openers = {Origin.SOURCE: lambda: self._source(Origin.SOURCE)}
         if self._entry.backup is not None and present(self._entry.backup):
@@ -148,6 +150,21 @@ class Session:
             return checker.check(openers)
         finally:
             self._state = checker.state
+
+    def _judge_marks(self) -> None:
+        """Lower the signed mark where the keyring was changed, and who raised it is not in it."""
+        keyrings = self._checker().demands().keyrings
+        before = self._state.signed_mark
+        self._state = judged_again(self._state, self._folder.signed_releases(), keyrings)
+        after = self._state.signed_mark
+        if before is not None and after is not None and after != before:
+            self._log.warning(
+                "%s: no key of the changed keyring vouches for serial %d, which was accepted"
+                " before: what is newer than serial %d counts again",
+                self._entry.name,
+                before.serial,
+                after.serial,
+            )
 
     def on_drive(self) -> Release | None:
         """What the backup drive holds for this entry; nothing of it is read but the release.
