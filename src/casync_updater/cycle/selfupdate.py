@@ -16,12 +16,13 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from casync_updater import syscalls
 from casync_updater.errors import LocalError, SpaceError, TrustError, UpdaterError
-from casync_updater.model import Entry, Settings
+from casync_updater.model import Entry, OnlineSettings, Settings
 from casync_updater.online.hosts import hosts_of
 from casync_updater.tools import guard, packages
 
@@ -277,17 +278,26 @@ class SelfUpdate:
 def _plan(
     upgrade: Upgrade, entry: Entry, settings: Settings, environment: Mapping[str, str]
 ) -> guard.Plan:
-    hosts = hosts_of([entry], replace(settings.online, enabled=True), environment)
     places = (entry.source, entry.backup)
+    hosts = hosts_of([entry], OnlineSettings(), environment)
+    proxies = [host for host in hosts if host.proxy_for]
     return guard.Plan(
         version=upgrade.version,
         before=upgrade.before,
         packages=tuple(package.name for package in upgrade.packages),
         active=guard.Machine().service() not in ("inactive", "failed"),
         trial=settings.daemon.self_update_trial,
-        hosts=tuple((host.name, host.ports) for host in hosts),
+        urls=(_asked(entry.source.index),) if entry.source.remote and not proxies else (),
+        proxies=tuple((proxy.name, proxy.ports) for proxy in proxies),
         paths=tuple(place.index for place in places if place and not place.remote),
     )
+
+
+def _asked(index: str) -> str:
+    """What a check asks a web server for, without user and password: they are nobody's business."""
+    url = urlsplit(index)
+    host = url.netloc.rpartition("@")[2]
+    return urlunsplit(url._replace(netloc=host, path=f"{url.path}.release"))
 
 
 def _demand_roots_own(tree: Path) -> None:

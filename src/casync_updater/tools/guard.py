@@ -16,24 +16,30 @@ power cut in the middle of dpkg. What the folder holds::
 
 The order: install (again after a power cut, three times at most), trial, and back to the version
 before where dpkg fails, where the service fails, or where no check was completed within the
-seconds that the trial lasts. Those seconds count only while an update host accepts a TCP
-connection, or a local source or drive is there: a gateway that answers while the line behind it
-is dead says nothing about the new version.
+seconds that the trial lasts. Those seconds count only while the version before could have
+completed one: the web server answers, and not with one of its own failures (or the proxy before
+it accepts a TCP connection), or a local source or drive is there. A gateway that answers while
+the line behind it is dead, or a web server that is out of order for an evening, says nothing
+about the new version.
 """
 
 import contextlib
 import fcntl
+import http.client
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -84,7 +90,8 @@ class Plan:
         packages: names of the packages.
         active: the service was running, and shall be running afterwards.
         trial: seconds of connectivity within which a check has to be completed.
-        hosts: names or addresses, each with TCP ports of which any may answer.
+        urls: what a check asks for, where it asks without a proxy.
+        proxies: names or addresses of the proxies otherwise, each with its TCP ports.
         paths: files that stand for a source that needs no network.
     """
 
@@ -93,7 +100,8 @@ class Plan:
     packages: tuple[str, ...]
     active: bool
     trial: float
-    hosts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    urls: tuple[str, ...] = ()
+    proxies: tuple[tuple[str, tuple[int, ...]], ...] = ()
     paths: tuple[str, ...] = ()
 
 
@@ -112,22 +120,31 @@ class Progress:
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The upgrade that is under way in a folder; None for none."""
+    """The upgrade that is under way in a folder; None for none.
+
+    The version on trial reads what the one before has written, hence only what it knows of it.
+    """
     try:
-        data = json.loads((folder / "plan.json").read_bytes())
-        data["hosts"] = tuple((name, tuple(ports)) for name, ports in data["hosts"])
-        data["packages"], data["paths"] = tuple(data["packages"]), tuple(data["paths"])
+        data = _known(Plan, folder / "plan.json")
+        data |= {name: tuple(data[name]) for name in ("packages", "urls", "paths") if name in data}
+        data["proxies"] = tuple((name, tuple(ports)) for name, ports in data.get("proxies", ()))
         return Plan(**data)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
 def read_progress(folder: Path) -> Progress:
     """How far the upgrade is; the beginning where nothing is written yet."""
     try:
-        return Progress(**json.loads((folder / "progress.json").read_bytes()))
+        return Progress(**_known(Progress, folder / "progress.json"))
     except (OSError, ValueError, TypeError):
         return Progress()
+
+
+def _known(kind: type[Plan | Progress], file: Path) -> dict[str, Any]:
+    """What a file says of the fields that this version knows."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in json.loads(file.read_bytes()).items() if name in names}
 
 
 def alive(folder: Path, boot: str) -> None:
@@ -262,8 +279,11 @@ class System(Protocol):
     def systemctl(self, *arguments: str) -> None:
         """Run systemctl, whatever comes of it."""
 
-    def reachable(self, hosts: Iterable[tuple[str, Sequence[int]]]) -> bool:
-        """Whether any of the hosts accepts a connection."""
+    def accepts(self, name: str, ports: Iterable[int]) -> bool:
+        """Whether a host accepts a connection on any of the ports."""
+
+    def answers(self, url: str) -> bool:
+        """Whether a web server answers, with anything but a failure of its own."""
 
     def disarm(self) -> None:
         """Remove the unit that `arm` made; it runs on to its end."""
@@ -359,8 +379,11 @@ class Guard:
         return bool(boot != self._progress.boot or started >= self._progress.began)
 
     def _connected(self) -> bool:
-        return any(Path(path).exists() for path in self._plan.paths) or self._system.reachable(
-            self._plan.hosts
+        plan, system = self._plan, self._system
+        return (
+            any(Path(path).exists() for path in plan.paths)
+            or any(system.answers(url) for url in plan.urls)
+            or any(system.accepts(name, ports) for name, ports in plan.proxies)
         )
 
     def _fail(self, reason: str) -> None:
@@ -477,14 +500,30 @@ class Machine:
         """See `System.systemctl`."""
         _run("systemctl", *arguments, limit=_STOP_LIMIT)
 
-    def reachable(self, hosts: Iterable[tuple[str, Sequence[int]]]) -> bool:
-        """See `System.reachable`."""
-        for name, ports in hosts:
-            for port in ports:
-                with contextlib.suppress(OSError, UnicodeError):
-                    socket.create_connection((name, port), _CONNECT).close()
-                    return True
+    def accepts(self, name: str, ports: Iterable[int]) -> bool:
+        """See `System.accepts`."""
+        for port in ports:
+            with contextlib.suppress(OSError, UnicodeError):
+                socket.create_connection((name, port), _CONNECT).close()
+                return True
         return False
+
+    def answers(self, url: str) -> bool:
+        """See `System.answers`."""
+        # Nothing that comes back is believed, hence any certificate will do.
+        lenient = ssl.create_default_context()
+        lenient.check_hostname, lenient.verify_mode = False, ssl.CERT_NONE
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=lenient)
+        )
+        request = urllib.request.Request(url, method="HEAD")  # noqa: S310 - an entry's, http(s)
+        try:
+            opener.open(request, timeout=_CONNECT).close()
+        except urllib.error.HTTPError as error:
+            return error.code < 500
+        except (OSError, http.client.HTTPException, ValueError):
+            return False
+        return True
 
     def disarm(self) -> None:
         """See `System.disarm`."""

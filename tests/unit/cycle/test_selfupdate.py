@@ -283,7 +283,7 @@ def test_what_status_says(tmp_path: Path) -> None:
     (folder / "upgrade").mkdir()
     plan = (
         '{"version": "1.0.2", "before": "1.0.0", "packages": [], "active": true,'
-        ' "trial": 3600, "hosts": [], "paths": []}'
+        ' "trial": 3600, "urls": [], "paths": []}'
     )
     (folder / "upgrade/plan.json").write_text(plan)
     assert own.words() == "1.0.2 is being installed"

@@ -1,10 +1,12 @@
 """What becomes of an upgrade, whatever happens to it: on a machine that keeps its own books."""
 
 import contextlib
+import http.server
 import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +28,16 @@ from casync_updater.tools.guard import (
 )
 
 NAMES = ("casync-updater", "python3-casync-updater")
-PLAN = Plan("2", "1", NAMES, True, 100.0, (("updates.example", (443,)),), ("/media/x.caidx",))
+PLAN = Plan(
+    "2",
+    "1",
+    NAMES,
+    True,
+    100.0,
+    ("https://updates.example/x.caidx.release",),
+    (("proxy.example", (3128,)),),
+    ("/media/x.caidx",),
+)
 
 
 class PowerCut(Exception):  # noqa: N818
@@ -95,8 +106,12 @@ class Bench:
         elif arguments[0] == "start":
             self.active = "active"
 
-    def reachable(self, hosts: Iterable[tuple[str, Sequence[int]]]) -> bool:
-        assert tuple(hosts) == PLAN.hosts
+    def answers(self, url: str) -> bool:
+        assert url in PLAN.urls
+        return self.online
+
+    def accepts(self, name: str, ports: Iterable[int]) -> bool:
+        assert (name, ports) in PLAN.proxies
         return self.online
 
     def disarm(self) -> None:
@@ -148,7 +163,7 @@ def assert_over(folder: Path, bench: Bench, version: str) -> None:
 
 def test_plans_are_read_as_they_were_written(folder: Path, tmp_path: Path) -> None:
     assert read_plan(folder) == PLAN
-    for text in ("", "{", "[]", "{}", json.dumps({**asdict(PLAN), "more": 1})):
+    for text in ("", "{", "[]", "{}", '{"version": "2"}'):
         (folder / "plan.json").write_text(text)
         assert read_plan(folder) is None
     assert read_plan(tmp_path / "nowhere") is None
@@ -435,10 +450,62 @@ def test_programs_that_do_not_end() -> None:
     assert code == 3
 
 
-def test_a_connection_is_what_counts_as_reachable() -> None:
+def test_a_proxy_has_to_accept_a_connection() -> None:
     machine = Machine()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert machine.reachable([("name.invalid", (1,)), ("127.0.0.1", (1, port))])
-    assert not machine.reachable([("127.0.0.1", (port,)), ("\0", (1,))])
-    assert not machine.reachable([])
+        assert machine.accepts("127.0.0.1", (1, port))
+    assert not machine.accepts("127.0.0.1", (port,))
+    assert not machine.accepts("name.invalid", (1,))
+    assert not machine.accepts("\0", (1,))
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(200, True), (401, True), (404, True), (500, False), (503, False)]
+)
+def test_a_web_server_has_to_answer_with_more_than_its_own_failure(
+    status: int, expected: bool
+) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert Machine().answers(f"http://127.0.0.1:{server.server_port}/x") is expected
+        thread.join()
+
+
+def test_what_is_no_web_server_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def nonsense() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0\r\n")
+
+        thread = threading.Thread(target=nonsense)
+        thread.start()
+        assert not Machine().answers(f"http://127.0.0.1:{port}/x")
+        thread.join()
+    for url in (f"http://127.0.0.1:{port}/x", "http://name.invalid/", "http://a b/", "no:url"):
+        assert not Machine().answers(url)
+
+
+def test_a_plan_of_another_version_is_read_as_far_as_it_is_known(folder: Path) -> None:
+    """The version on trial reads the plan that the one before has written."""
+    document = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps({**document, "later": [1]}))
+    assert read_plan(folder) == PLAN
+    del document["urls"], document["proxies"]
+    (folder / "plan.json").write_text(json.dumps(document))
+    assert read_plan(folder) == replace(PLAN, urls=(), proxies=())
+    (folder / "progress.json").write_text('{"phase": "trial", "counted": 5, "later": 1}')
+    assert read_progress(folder).counted == 5
