@@ -14,7 +14,8 @@
                                  .mtree.zst its manifest
     STATE/NAME/versions/accepted.release, .signed
                                  likewise, of the release that is marked as the highest
-    STATE/NAME/actions/          commands and lists of changed paths, as handed to actions
+    STATE/NAME/actions/          lists of changed paths, as handed to actions
+    STATE/.actions/              commands under way and their results: see `tools.actions`
 
 The companions of a version are written and synced before the state that names them, so a state
 never names a file that is not there.

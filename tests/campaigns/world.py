@@ -329,7 +329,7 @@ class World:
         entry = device.state_dir / device.name
         _demand_names(entry, {"state.json", "lock", "versions", "actions"})
         _demand_names(entry / "actions", set())
-        _demand_names(device.state_dir / "actions", set(), allow_missing=True)
+        _demand_names(device.state_dir / ".actions", set(), allow_missing=True)
         hashes = {"accepted", state["installed"]["index_sha256"]}
         hashes |= {one["installed"]["index_sha256"] for one in state.get("previous", ())}
         found = {file.name.partition(".")[0] for file in (entry / "versions").iterdir()}

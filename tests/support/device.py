@@ -125,7 +125,7 @@ class Device:
             cache_dir=self.folder / "cache",
             clock=self.clock,
             stop=Stop(),
-            runner=action_runner(state / "actions", self.clock, lambda _entry, _line: None),
+            runner=action_runner(state / ".actions", self.clock, lambda _entry, _line: None),
             open_source=lambda location: open_source(location, self.fetch, self.clock),
         )
 

@@ -62,7 +62,7 @@ def surroundings(arguments: argparse.Namespace, settings: Settings) -> Iterator[
             cache_dir=cache_dir(arguments),
             clock=clock,
             stop=stop,
-            runner=action_runner(state / "actions", clock, _action_output),
+            runner=action_runner(state / ".actions", clock, _action_output),
             open_source=lambda location: open_source(location, settings.fetch, clock),
         )
 
