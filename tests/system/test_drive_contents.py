@@ -309,7 +309,7 @@ def test_a_drive_brings_an_update_and_may_be_read_only(
     drive.plug("ro")
     code, message = device.update(None)
     assert message.startswith("updated to 2.0")
-    assert code in (0, 1), "it has no second slot, and cannot get one"
+    assert code == 0, "it has no second slot, and cannot get one"
     assert device.version() == "2"
     drive.unplug()
 
@@ -321,9 +321,8 @@ def test_a_drive_brings_an_update_and_may_be_read_only(
     before = old.content()
     old.plug("ro")
     code, message = device.update(2)
-    assert code == 1
-    assert "updated to 2.0" in message
-    assert "Read-only file system" in message
+    assert code == 0, "a source that cannot be written is no failure"
+    assert message == "updated to 2.0"
     old.unplug()
     assert old.content() == before
 
