@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from casync_updater import __version__
-from support.client import Appliance, Site, digest_of
+from support.client import SOURCES, Appliance, Site, digest_of
 from support.trees import mutate_tree, snapshot
 from support.webserver import WebServer
 
@@ -324,6 +325,18 @@ class TestHealth:
         assert "there is no version to go back to" in end["message"]
         assert snapshot(appliance.destination) == snapshot(site.source)
         assert appliance.update()["outcome"] == "current"
+
+    def test_verify_is_a_health_check(self, site: Site, appliance: Appliance) -> None:
+        """Its own cycle holds the entry and waits for it: waiting for that would never end."""
+        parts = ("env", f"PYTHONPATH={SOURCES}", *appliance.command("verify", "tree"))
+        appliance.entry["healthCheck"] = [" ".join(shlex.quote(str(part)) for part in parts)]
+        began = time.monotonic()
+        updated(site, "1.1")
+        assert appliance.update()["version"] == "1.1"
+        appliance.trigger(".", f"echo vandal > {appliance.destination}/version")
+        updated(site, "1.2")
+        assert "health check" in appliance.update(code=1)["message"]
+        assert time.monotonic() - began < 30
 
     def test_a_health_check_has_the_time_limit_of_actions(
         self, site: Site, appliance: Appliance

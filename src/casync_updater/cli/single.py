@@ -1,9 +1,9 @@
 """What the commands have in common that work on one entry, named on the command line."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from casync_updater.cli.context import chosen, entry_log, surroundings
 from casync_updater.cli.monitors import monitor_for
@@ -44,19 +44,22 @@ def left_to_the_holder(
     Raises:
         ConfigError: there is no such entry.
     """
-    if os.environ.get("CASYNC_UPDATER_ENTRY") != arguments.name:
-        return False
     _, (entry,) = chosen(arguments, [arguments.name])
     folder = StateFolder(state_dir(arguments), entry)
-    if not in_use(folder):
-        return False  # A command that an action has left running in the background.
+    if not called_by_holder(entry, folder):
+        return False
     folder.ask(*words(folder))
     print(f"{entry.name}: queued: it follows the cycle that this action belongs to")
     return True
 
 
-def in_use(folder: StateFolder) -> bool:
-    """Whether somebody holds the entry."""
+def called_by_holder(entry: Entry, folder: StateFolder) -> bool:
+    """Whether an action of this entry calls, and whoever holds the entry waits for that action.
+
+    An action may have left the caller running in the background: then nobody holds the entry.
+    """
+    if os.environ.get("CASYNC_UPDATER_ENTRY") != entry.name:
+        return False
     try:
         with folder.locked("a look", wait=0.0):
             return False
@@ -64,9 +67,14 @@ def in_use(folder: StateFolder) -> bool:
         return True
 
 
-@contextmanager
-def held(arguments: argparse.Namespace) -> Iterator[tuple[Entry, Operator]]:
+@contextlib.contextmanager
+def held(arguments: argparse.Namespace, *, reads: bool = False) -> Iterator[tuple[Entry, Operator]]:
     """The entry and its cycle, with the entry's lock held.
+
+    Args:
+        arguments: of the command line.
+        reads: the command only reads. An action of the entry needs no lock for that, since its
+            own cycle holds the entry and changes nothing meanwhile.
 
     Raises:
         ConfigError: there is no such entry.
@@ -75,7 +83,10 @@ def held(arguments: argparse.Namespace) -> Iterator[tuple[Entry, Operator]]:
     configuration, (entry,) = chosen(arguments, [arguments.name])
     with surroundings(arguments, configuration.settings) as outside:
         folder = StateFolder(outside.state_dir, entry)
-        with folder.locked("operator", wait=_PATIENCE) as lock:
+        with contextlib.ExitStack() as stack:
+            lock = -1
+            if not (reads and called_by_holder(entry, folder)):
+                lock = stack.enter_context(folder.locked("operator", wait=_PATIENCE))
             monitor = monitor_for(entry.name, quiet=False)
             log = entry_log(entry, Reason.OPERATOR)
             yield entry, Operator(entry, outside, monitor, lock, log)

@@ -11,7 +11,7 @@ from pathlib import Path
 from casync_updater.cli.context import chosen, entry_log, surroundings
 from casync_updater.cli.export import exported
 from casync_updater.cli.monitors import monitor_for
-from casync_updater.cli.single import in_use
+from casync_updater.cli.single import called_by_holder
 from casync_updater.cycle.act import Log
 from casync_updater.cycle.cycle import Cycle
 from casync_updater.cycle.operator import Operator
@@ -90,7 +90,7 @@ def _one(arguments: argparse.Namespace, entry: Entry, outside: Surroundings) -> 
     else:
         monitor = monitor_for(entry.name, quiet=arguments.json)
     folder = StateFolder(outside.state_dir, entry)
-    if os.environ.get("CASYNC_UPDATER_ENTRY") == entry.name and in_use(folder):
+    if called_by_holder(entry, folder):
         # An action of this very entry's cycle asks: waiting for the lock would never end.
         folder.ask("update")
         return CycleEnd(Outcome.CURRENT, 0, "queued: one more cycle follows this one")

@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the whole destination; exit code 1 where it differs."""
-    with held(arguments) as (entry, cycle):
+    with held(arguments, reads=True) as (entry, cycle):
         installed = cycle.installed()
         if installed is None:
             raise LocalError(f"{entry.name}: nothing was installed yet")

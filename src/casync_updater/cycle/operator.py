@@ -8,6 +8,7 @@ from casync_updater.cycle.plan import lacking
 from casync_updater.cycle.record import kept_index, kept_nodes
 from casync_updater.cycle.selfupdate import SelfUpdate
 from casync_updater.cycle.session import Session
+from casync_updater.cycle.staging import survey
 from casync_updater.cycle.tree import Difference
 from casync_updater.cycle.values import Newer, Offer, UpToDate
 from casync_updater.errors import (
@@ -111,8 +112,13 @@ class Operator(Session):
 
     def verify(self) -> tuple[Difference, ...]:
         """How the destination differs from what was installed; empty where it does not."""
-        self._state = self._folder.load()
-        site = self.recover()
+        if self._lock < 0:
+            # The cycle that holds the entry has recovered what there was, and waits.
+            self._state = self._folder.peek()
+            site = survey(self._entry, self._state.no_exchange)
+        else:
+            self._state = self._folder.load()
+            site = self.recover()
         if self._state.installed is None:
             return ()
         return tuple(self.differences(site, self._state.installed))

@@ -95,7 +95,8 @@ class Session:
             entry: what is kept up to date.
             outside: everything that is not the entry's own.
             monitor: told what is going on.
-            lock: the descriptor of the entry's lock, inherited by programs that write.
+            lock: the descriptor of the entry's lock, inherited by programs that write; -1 where
+                this only looks.
             log: takes what happens.
         """
         self._entry = entry
@@ -128,7 +129,7 @@ class Session:
 
     def installed(self) -> Installed | None:
         """The version that the state says is in the destination."""
-        return self._folder.load().installed
+        return (self._folder.peek() if self._lock < 0 else self._folder.load()).installed
 
     def _checker(self, *, accept_legacy: bool = False) -> Checker:
         return Checker(
