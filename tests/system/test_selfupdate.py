@@ -450,7 +450,8 @@ def test_what_does_not_work_is_replaced(
     device.configure(trial=20, signedBy="/etc/casync-updater/keyrings/own.gpg")
     device.reload()
     publisher.packages("1.0.6")
-    device.wait_for_version("1.0.6")
+    # The trial of 1.0.5 has to end first.
+    device.wait_for_version("1.0.6", timeout=400)
     device.wait(device.over, "the end of the trial")
     assert device.active()
     device.wait(lambda: device.bad() == {}, "a cycle of the version that works")
