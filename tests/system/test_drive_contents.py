@@ -7,6 +7,7 @@ clusters decide. FAT and ext4 are changed from outside of the machine, on the im
 which no such tool is in Debian, at another mount point, as on another computer.
 """
 
+import itertools
 import json
 import shutil
 import sys
@@ -79,7 +80,13 @@ def publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
 
 
 class Drive:
-    """A drive, plugged in or not."""
+    """A drive, plugged in or not.
+
+    Attributes:
+        plugged: the one that is, if any.
+    """
+
+    plugged: "Drive | None" = None
 
     def __init__(
         self, machine: VirtualMachine, folder: Path, filesystem: str, size: int = 64 << 20
@@ -95,6 +102,7 @@ class Drive:
     def plug(self, options: str = "rw") -> None:
         machine, device = self.machine, "/dev/disk/by-label/DRIVE"
         machine.plug("drive", self.image)
+        Drive.plugged = self
         exists = ("test", "-b", device)
         machine.wait(
             lambda: machine.run(*exists, check=False).returncode == 0, "the drive", timeout=300
@@ -102,9 +110,10 @@ class Drive:
         machine.run("mkdir", "-p", self.mount)
         machine.run("mount", "-o", options, device, self.mount)
 
-    def unplug(self) -> None:
-        self.machine.run("umount", self.mount)
+    def unplug(self, *, mounted: bool = True) -> None:
+        self.machine.run("umount", self.mount, check=mounted)
         self.machine.unplug("drive")
+        Drive.plugged = None
         gone = ("test", "-b", "/dev/disk/by-label/DRIVE")
         self.machine.wait(
             lambda: self.machine.run(*gone, check=False).returncode == 1, "its end", timeout=300
@@ -166,6 +175,14 @@ class Drive:
         return Partition(self.image, self._folder / "partition")
 
 
+@pytest.fixture(autouse=True)
+def unplugged(machine: VirtualMachine) -> Iterator[None]:
+    """A test that fails leaves no drive to the next one."""
+    yield
+    if Drive.plugged is not None:
+        Drive.plugged.unplug(mounted=False)
+
+
 class Partition:
     """A drive's partition as a file of its own, put back at the end."""
 
@@ -184,11 +201,13 @@ class Partition:
 class Device:
     """An entry on the machine whose backup is a drive."""
 
+    _numbers = itertools.count()
+
     def __init__(self, machine: VirtualMachine, publisher: Publisher, drive: Drive) -> None:
         self.machine = machine
         self.publisher = publisher
         self._drive = drive
-        self._root = f"/root/{drive.image.parent.name}"
+        self._root = f"/root/device-{next(self._numbers)}"
         self._put("keyring.gpg", publisher.keyring.read_bytes())
 
     def update(self, version: int | None) -> tuple[int, str]:
@@ -332,7 +351,8 @@ def test_a_full_drive_keeps_what_it_holds(
     machine: VirtualMachine, publisher: Publisher, tmp_path: Path, filesystem: str
 ) -> None:
     """Room for every byte is not enough where each chunk takes a cluster, and a folder another."""
-    drive = Drive(machine, tmp_path, filesystem)
+    # FAT16 has at least 4,085 clusters.
+    drive = Drive(machine, tmp_path, filesystem, size=256 << 20)
     if filesystem != "ext4":
         _format_in_large_clusters(drive)
     drive.put(FOREIGN)
