@@ -435,6 +435,15 @@ class VirtualMachine:
         """
         assert self._qemu is not None, "it does not run"
         self._agent.send("guest-shutdown", {"mode": "powerdown"})
+        self.went_off(timeout)
+
+    def went_off(self, timeout: float = 120) -> None:
+        """Wait until the system has shut itself down, to boot again or not.
+
+        Raises:
+            AssertionError: it was not off in time.
+        """
+        assert self._qemu is not None, "it does not run"
         try:
             self._qemu.wait(timeout)
         except subprocess.TimeoutExpired:
