@@ -671,6 +671,28 @@ class TestKeyCompromise:
         assert end.exit == 4
         assert victim.has(1)
 
+    @both
+    @pytest.mark.parametrize("kind", ["weak digest", "expired signature", "revoked key"])
+    def test_a_known_key_is_not_enough(
+        self, victim: Victim, tmp_path: Path, where: str, kind: str
+    ) -> None:
+        text = unwrap(body_of(victim.place))
+        with key_maker() as maker:
+            maker.key("known", algorithm="rsa3072")
+            digest, expires = "SHA512", None
+            if kind == "weak digest":
+                digest = "SHA1"
+            if kind == "expired signature":
+                expires = "1d"
+            body = maker.sign(text, "known", digest=digest, expires=expires)
+            if kind == "revoked key":
+                maker.revoke("known", at="20260701")
+            keyring = tmp_path / "with-known.gpg"
+            keyring.write_bytes(victim.keyring.read_bytes() + maker.public("known"))
+        victim.device.keyring = keyring
+        end = refused(victim, with_body(lambda _: body), where, 4)
+        assert kind in end.message
+
     def test_the_spare_is_believed_from_the_first_day(self, victim: Victim) -> None:
         keys = victim.world.publisher.keys
         spare = replace(keys, working=keys.spare)
