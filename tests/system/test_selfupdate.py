@@ -138,7 +138,11 @@ class Device:
         self.machine.write("etc/casync-updater/demo.json", json.dumps(entry))
 
     def reload(self) -> None:
-        self.machine.run("systemctl", "reload", UNIT)
+        def done() -> bool:
+            # While a version is installed, there is no service to reload.
+            return self.machine.run("systemctl", "reload", UNIT, check=False).returncode == 0
+
+        self.wait(done, "the service to read its configuration")
 
     def version(self) -> str:
         """What is completely installed, where both packages agree."""
