@@ -123,7 +123,9 @@ class PowerCampaign(ABC):
             world.appliance.destination.parent.mkdir(parents=True, exist_ok=True)
             world.appliance.settings(world.settings)
             names = list(world.versions)
-            found = world.check_instant(None, *names, preserved=bool(mark.get("preserved")))
+            preserved = bool(mark.get("preserved"))
+            found = world.check_instant(None, *names, preserved=preserved, cut=True)
+            demand(world.has_drive() or not mark.get("version"), "the drive has lost its release")
             demand(
                 found is not None or mark.get("version") is None,
                 f"{mark.get('version')} was installed, and is gone",

@@ -6,6 +6,7 @@ everything that was promised has happened, and nothing is left over.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import random
@@ -24,6 +25,8 @@ from typing import Any
 import zstandard
 
 from campaigns.nursery import Forked, Nursery
+from casync_updater.cycle.demands import SLOTS
+from casync_updater.errors import ContentError
 from casync_updater.formats import index as index_format
 from casync_updater.release import parse_release
 from casync_updater.trust import unwrap
@@ -244,8 +247,14 @@ class World:
         found = fingerprint(tree, leave_out)
         return next((v.name for v in self.versions.values() if v.tree == found), None)
 
-    def check_instant(self, *allowed: str | None, preserved: bool = False) -> str | None:
-        """What holds at every moment; gives the version in the destination."""
+    def check_instant(
+        self, *allowed: str | None, preserved: bool = False, cut: bool = False
+    ) -> str | None:
+        """What holds at every moment; gives the version in the destination.
+
+        After a power cut, chunks that were not synced may be torn on the drive, but none that a
+        release on it needs.
+        """
         tree = self.appliance.destination
         state = self.state
         journal = state.get("journal") or {}
@@ -264,7 +273,9 @@ class World:
                 found = self.version_of(folder)
                 wanted = kept["installed"]["version"]
                 demand(found == wanted, f"{folder} is {found}, not {wanted}")
-        if self.drive:
+        if self.drive and cut:
+            self._check_drive_releases()
+        elif self.drive:
             self._check_drive_chunks()
         return present
 
@@ -340,17 +351,39 @@ class World:
         left = list(self.temporary.iterdir())
         demand(not left, f"left over in the folder for temporary files: {left}")
 
+    def _check_drive_releases(self) -> None:
+        """Each whole release on the drive has everything that it is made of."""
+        for suffix in SLOTS:
+            body = _read(self.usb / f"backup.caidx{suffix}")
+            try:
+                release = parse_release(unwrap(body), str(self.usb))
+            except ContentError:
+                continue
+            index = _read(self.usb / "by-hash" / "SHA256" / release.index.sha256)
+            whole = hashlib.sha256(index).hexdigest() == release.index.sha256
+            demand(whole, f"the drive has the release of {release.version} without its index")
+            for ref in index_format.parse(index, str(self.usb)):
+                name = f"{ref.hex[:4]}/{ref.hex}.cacnk"
+                whole = _chunk_id(_read(self.usb / "backup.castr" / name)) == ref.hex
+                demand(whole, f"the drive has {release.version} without its chunk {ref.hex}")
+
+    def has_drive(self) -> bool:
+        """Whether there is a whole release on the drive."""
+        for suffix in SLOTS:
+            with contextlib.suppress(ContentError):
+                parse_release(unwrap(_read(self.usb / f"backup.caidx{suffix}")), "")
+                return True
+        return False
+
     def check_drive(self, version: str) -> None:
         """The drive holds a complete version, and no half-written files."""
+        self._check_drive_releases()
         index = self.usb / "backup.caidx"
         text = (self.usb / "backup.caidx.release").read_bytes()
         release = parse_release(unwrap(text), str(self.usb))
         demand(release.version == version, f"the drive has {release.version}, not {version}")
         digest = hashlib.sha256(index.read_bytes()).hexdigest()
         demand(digest == release.index.sha256, "the drive's index is not its release's")
-        for ref in index_format.parse(index.read_bytes(), str(index)):
-            file = self.usb / "backup.castr" / ref.hex[:4] / f"{ref.hex}.cacnk"
-            demand(file.exists(), f"the drive lacks {ref.hex}")
         strays = [path for path in self.usb.rglob(".*") if path.is_file()]
         demand(not strays, f"left over on the drive: {strays}")
 
@@ -394,6 +427,10 @@ def _demand_names(folder: Path, wanted: set[str], *, allow_missing: bool = False
         return
     found = {path.name for path in folder.iterdir()}
     demand(found <= wanted, f"left over in {folder}: {sorted(found - wanted)}")
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
 
 
 def _chunk_id(raw: bytes) -> str:
