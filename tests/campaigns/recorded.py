@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 _MAGIC = 0x6A736677736872
 _FLUSH, _FUA, _DISCARD = 1, 2, 4
+_BLOCK = 4096
 STYLES = ("none", "all", "some", "torn")
 
 
@@ -181,7 +182,15 @@ def _apply(
         if style == "none" or (style in ("some", "torn") and rng.random() < 0.5):
             continue
         torn = style == "torn" and entry is pending[-1]
-        _write(log, entry, disk, rng.randrange(entry.size) & ~511 if torn else None)
+        _write(log, entry, disk, _torn(entry.size, rng) if torn else None)
+
+
+def _torn(size: int, rng: random.Random) -> int:
+    """How much of a write is there: whole blocks, as disks have them.
+
+    ext4 does not outlive half a superblock, which has two of the sectors of old disks.
+    """
+    return rng.randrange(size) & ~(_BLOCK - 1)
 
 
 def _entries(log: BinaryIO) -> Iterator[Entry]:
