@@ -18,7 +18,7 @@ from casync_updater import trust
 from casync_updater.errors import ContentError
 from casync_updater.model import Mark, Release
 from casync_updater.release import parse_release
-from casync_updater.state import State
+from casync_updater.state import State, accepted
 
 _NOTHING = Mark(0, 0.0)
 """Below every release; an entry that has it needs signatures, as with any mark."""
@@ -29,8 +29,9 @@ def judged_again(
 ) -> State:
     """The state with the signed mark lowered, where no key vouches any more for what raised it.
 
-    It falls to the highest kept release that a remaining key signed. How old a key or a signature
-    is does not matter: what was accepted in time stays accepted.
+    It falls to the highest kept release that a remaining key signed, and rises again where that
+    was a mistake and the right keyring comes back. How old a key or a signature is does not
+    matter: what was accepted in time stays accepted.
 
     Args:
         state: what was accepted; as it is where the keyring is the one of the last time, or
@@ -41,20 +42,23 @@ def judged_again(
     Raises:
         LocalError: gpgv cannot do its work.
     """
-    keys = trust.digest_of(keyrings) if state.signed_mark is not None else None
+    mark = state.signed_mark
+    if mark is None:
+        return state
+    keys = trust.digest_of(keyrings)
     if keys in (None, state.keys):
         return state
     state = replace(state, keys=keys)
     releases = [(release, body) for file, body in kept if (release := _read(file, body))]
-    if all(release.mark != state.signed_mark for release, _ in releases):
-        return state
     standing = [
         release.mark for release, body in releases if trust.still_vouched(body, keyrings=keyrings)
     ]
-    if state.signed_mark in standing:
-        return state
+    if all(release.mark != mark for release, _ in releases):
+        standing.append(mark)
     highest = max(standing, default=_NOTHING)
-    newest = max((mark.date for mark in standing), default=None)
+    if highest >= mark:
+        return accepted(state, highest, signed=True)
+    newest = max((one.date for one in standing), default=None)
     return replace(state, signed_mark=highest, newest_date=newest)
 
 

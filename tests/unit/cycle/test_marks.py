@@ -70,6 +70,16 @@ def test_without_anything_else_a_signature_is_needed_all_the_same(
     assert state.newest_date is None
 
 
+def test_a_wrong_keyring_does_no_harm_that_lasts(keys: KeyMaker, spare: Path) -> None:
+    right = spare.with_name("right.gpg")
+    right.write_bytes(keys.public("stolen"))
+    kept = [signed(keys, FAR, "stolen")]
+    wrong = judged_again(marked(FAR), kept, [spare])
+    assert wrong.signed_mark == Mark(0, 0.0)
+    back = judged_again(wrong, kept, [right])
+    assert (back.signed_mark, back.newest_date) == (FAR.mark, FAR.date)
+
+
 def test_a_mark_stands_with_any_of_its_keys(keys: KeyMaker, spare: Path) -> None:
     state = judged_again(marked(FAR), [signed(keys, FAR, "stolen", "spare")], [spare])
     assert (state.signed_mark, state.newest_date) == (FAR.mark, FAR.date)
