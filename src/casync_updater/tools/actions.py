@@ -6,7 +6,9 @@ What the folder of one action holds, ``ROOT/<id>/`` (0700)::
     run       exports, ``cd``, ``bash command``; notes the pid first and the result last
     handle    what `find` gives back after a restart of the updater
     pid       of the process that runs ``run``
-    result    ``exit N``, ``signal N`` or ``timeout``
+    result    a line ``exit N``, ``signal N`` or ``timeout``; blank before. It is there from the
+              beginning and written in place, since an action that ended while the disk is full
+              would otherwise be taken for one that was cut off, and run twice.
 
 A command is handed over as a file and never on a unit's command line, where systemd would
 expand ``$`` and ``%``. The result is a file, so that it survives whoever waited for it: an
@@ -33,6 +35,7 @@ from casync_updater.clock import Clock
 from casync_updater.errors import BusyError, LocalError
 from casync_updater.tools import process
 
+_NO_RESULT = " " * 31 + "\n"
 _COMMAND_LIMIT = 1 << 20
 _LINE_LIMIT = 8 << 10
 _START_LIMIT = 10.0
@@ -474,6 +477,7 @@ def _prepare(root: Path, action: Action, handle: Handle) -> Path:
         folder.mkdir(mode=0o700)
         (folder / "command").write_bytes(command + b"\n")
         (folder / "run").write_bytes(script)
+        (folder / "result").write_text(_NO_RESULT)
         (folder / "handle").write_text(json.dumps(asdict(handle)))
     except OSError as error:
         raise NotStartedError(f"{what} cannot run: {folder}: {error.strerror}") from error
@@ -491,8 +495,8 @@ def _script(action: Action, folder: Path) -> bytes:
         *(f"export {name}={shlex.quote(value)}" for name, value in action.env.items()),
         f"cd -- {shlex.quote(str(action.directory))} && /bin/bash {here}/command",
         "code=$?",
-        # Where the result cannot be written (a full disk), the exit code is all there is.
-        f'echo "exit $code" >{here}/result.new && mv {here}/result.new {here}/result && exit 0',
+        # Where the result cannot be written all the same, the exit code is all there is.
+        f'echo "exit $code" 1<>{here}/result && exit 0',
         "exit $code",
     ]
     return "\n".join(lines).encode(errors="surrogateescape") + b"\n"
@@ -589,21 +593,24 @@ def _seconds(handle: Handle, clock: Clock) -> float:
 
 def _save(folder: Path, text: str) -> None:
     """Note a result that the wrapper could not note itself."""
-    with contextlib.suppress(OSError):  # it then lasts as long as this process remembers it
-        (folder / "result.new").write_text(text + "\n")
-        (folder / "result.new").replace(folder / "result")
+    with (
+        contextlib.suppress(OSError),  # it then lasts as long as this process remembers it
+        (folder / "result").open("r+") as file,
+    ):
+        file.write(text + "\n")
 
 
 def _saved(folder: Path, seconds: float) -> ActionResult | None:
     try:
-        words = (folder / "result").read_text().split()
+        line, _, _ = (folder / "result").read_text().partition("\n")
     except OSError:
         return None
-    match words:
+    match line.split(" "):
         case ["timeout"]:
             return ActionResult(timed_out=True, seconds=seconds)
         case ["exit", number]:
             return ActionResult(code=int(number), seconds=seconds)
         case ["signal", number]:
             return ActionResult(signal=int(number), seconds=seconds)
+    # Blank, or in the middle of being written.
     return None

@@ -1,6 +1,7 @@
 import contextlib
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,25 @@ def test_what_neither_runs_nor_left_a_result_is_lost(bench: Bench) -> None:
     assert result is not None
     assert result.lost
     bench.runner.collect(handle, 5)
+
+
+def test_a_result_takes_no_room_that_it_does_not_have(bench: Bench, tmp_path: Path) -> None:
+    """On a disk that is full by then, it would be lost, and the action would run again."""
+    note = tmp_path / "note"
+    file = shlex.quote(str(bench.root / "e-1" / "result"))
+    assert bench.run(f"stat -c '%i %s' {file} > {note}; exit 3").code == 3
+    status = (bench.root / "e-1" / "result").stat()
+    assert note.read_text().split() == [str(status.st_ino), str(status.st_size)]
+
+
+@pytest.mark.parametrize("text", ["", " " * 31 + "\n", "exit 1" + " " * 25 + "\n", "exit"])
+def test_half_a_result_is_none(bench: Bench, text: str) -> None:
+    handle = bench.runner.start(bench.action("exit 12"))
+    bench.runner.collect(handle, 10)
+    (bench.root / "e-1" / "result").write_text(text)
+    result = bench.restarted().collect(handle)
+    assert result is not None
+    assert result.lost
 
 
 def test_after_a_reboot_only_the_file_counts(bench: Bench) -> None:
