@@ -108,7 +108,9 @@ class World:
 
     def __post_init__(self) -> None:
         self.nursery = Nursery()
-        self.site = _Site(self.nursery, self.folder / "publisher")
+        # A nursery has one program at a time, and publications come in the middle of updates.
+        self._publishers = Nursery()
+        self.site = _Site(self._publishers, self.folder / "publisher")
         self.server = self.serve(self.site.root)
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir()
@@ -144,11 +146,13 @@ class World:
     def __enter__(self) -> "World":
         self.server.__enter__()
         self.nursery.__enter__()
+        self._publishers.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.close()
         self.nursery.__exit__(None, None, None)
+        self._publishers.__exit__(None, None, None)
 
     # What happens
 

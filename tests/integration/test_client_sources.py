@@ -1,5 +1,6 @@
 """Web servers that fail, publications in the middle of a download, interrupted downloads."""
 
+import os
 import random
 import signal
 import time
@@ -95,6 +96,26 @@ class TestRefuses:
     def test_wrong_bytes(self, site: Site, server: WebServer, appliance: Appliance) -> None:
         server.fail("*.cacnk", corrupt=True)
         self.check(appliance, 4, "store.castr")
+        self.heals(site, server, appliance)
+
+    @pytest.mark.parametrize("field", ["Features", "SHA256"])
+    def test_a_release_that_was_damaged_on_its_way(
+        self, site: Site, server: WebServer, appliance: Appliance, field: str
+    ) -> None:
+        """It comes with the ETag of the right one: what was stored then must not stay for ever."""
+        release = site.beside(".release")
+        good, status = release.read_bytes(), release.stat()
+        index = site.release().index.sha256
+        right, wrong = {
+            "Features": ("\nFeatures: ", "\nFeatures: !"),
+            "SHA256": (index, index[::-1]),
+        }[field]
+        assert right.encode() in good
+        release.write_bytes(good.replace(right.encode(), wrong.encode()))
+        os.utime(release, ns=(status.st_atime_ns, status.st_mtime_ns))
+        appliance.update(code=4)
+        release.write_bytes(good)
+        os.utime(release, ns=(status.st_atime_ns, status.st_mtime_ns))
         self.heals(site, server, appliance)
 
     def test_an_html_page_as_release(

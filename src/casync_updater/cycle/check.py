@@ -90,13 +90,17 @@ class Checker:
                 continue
             try:
                 candidates += self._asked(origin, sources[origin](), candidates)
-            except (RemoteError, ContentError, TrustError) as error:
+            except RemoteError as error:
+                failures.append(error)
+            except (ContentError, TrustError) as error:
+                self._distrust_answers()
                 failures.append(error)
         # The sort is stable: of two with the same release, the source itself comes first.
         for candidate in sorted(candidates, key=_place, reverse=True):
             try:
                 outcome = self._judge(candidate)
             except TrustError as error:
+                self._distrust_answers()
                 failures.append(error)
                 continue
             answered = tuple(one.source for one in candidates)
@@ -202,6 +206,13 @@ class Checker:
                 )
             )
         return document.body, document.where
+
+    def _distrust_answers(self) -> None:
+        """Forget the stored bodies: one may have been damaged on its way, and not be the source's.
+
+        Otherwise the source would say for ever that what is refused here did not change.
+        """
+        self.state = replace(self.state, answers=())
 
     def _now(self) -> BestClock:
         """The best clock; nothing unsigned is evidence of the time (see `accepted`)."""

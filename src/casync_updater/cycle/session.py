@@ -365,6 +365,9 @@ class Session:
             self._state = replace(self._state, last_check=now, last_error=str(error))
             if isinstance(error, TrustError | ContentError):
                 self._state = replace(self._state, refused=self._refusal(error, now))
+            if not isinstance(error, LocalError):
+                # What led here may be a release that was damaged on its way, and is kept.
+                self._state = replace(self._state, answers=())
             self._folder.save(self._state)
         return CycleEnd(_outcome(error), error.exit_code, str(error))
 
