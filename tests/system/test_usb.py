@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -130,7 +131,8 @@ def test_full(fresh: Stick) -> None:
         stick.ended("success")
     filler = stick.folder / "filler"
     filler.write_bytes(b"")
-    os.truncate(filler, 58 << 20)
+    # Room for half of what is new.
+    os.truncate(filler, (62 << 20) - _on_fat(old) - (1 << 20))
     drive = stick.folder / "full"
     make_drive(drive, "vfat", label=LABEL, files=[old, filler])
     with stick.plugged(drive):
@@ -139,6 +141,12 @@ def test_full(fresh: Stick) -> None:
     (report,) = stick.reports(stick.demand_drive(drive, "30.0"))
     assert "make room on the drive" in report
     assert "the drive:  30.0" in report
+
+
+def _on_fat(folder: Path, cluster: int = 2048) -> int:
+    """Bytes that a folder takes: files and folders take whole clusters."""
+    sizes = [path.stat().st_size if path.is_file() else 1 for path in folder.rglob("*")]
+    return sum(-(-size // cluster) * cluster for size in sizes)
 
 
 @pytest.mark.parametrize("direction", ["read", "write"])
@@ -234,7 +242,11 @@ def test_two_at_once(fresh: Stick) -> None:
     stick = fresh
     old, new = stick.drive(stick.publish(60)), stick.drive(stick.publish(61))
     other = stick.drive(None, "ext4", "My Own")
-    with stick.plugged(other), stick.plugged(old), stick.plugged(new, quiet=True):
+    with (
+        stick.plugged(other),
+        stick.plugged(old, quiet=True),
+        stick.plugged(new, quiet=True),
+    ):
         stick.until(
             lambda: (
                 [one for one in stick.drives() if one.startswith("can be")] == stick.drives()
@@ -271,9 +283,9 @@ def test_somebody_still_uses_it(fresh: Stick) -> None:
     stick = fresh
     with stick.plugged(stick.drive(stick.publish(80, large=8)), quiet=True):
         stick.until(lambda: stick.exists(f"{POINT}/{FOLDER}"), "the mount", step=0.02)
-        stick.machine.run(
-            "systemd-run", "--unit=camper", f"--property=WorkingDirectory={POINT}", "sleep", "600"
-        )
+        # Not as the unit's WorkingDirectory: systemd would end it before it unmounts.
+        camp = f"cd {POINT} && exec sleep 600"
+        stick.machine.run("systemd-run", "--unit=camper", "sh", "-c", camp)
         stick.ended("failure")
         assert "is still in use by something else" in stick.journal()
         stick.demand("80.0")
