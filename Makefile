@@ -17,7 +17,7 @@ PYTHON      := /usr/bin/python3
 PYTEST      := scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	TMPDIR="$$scratch" $(PYTHON) -m pytest
 RUFF        := 0.17.6
-ATHERIS     := 3.1.0
+ATHERIS     := 3.0.0
 WORKERS     ?= 2
 
 export PYTHONDONTWRITEBYTECODE := 1
