@@ -71,6 +71,7 @@ class Child:
         self._told: float | None = None
         """When it was told to end for having said nothing."""
         self._killed = False
+        self._asked = False
         self._lines = LineReader()
         self._reports, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._reports, False)
@@ -116,6 +117,7 @@ class Child:
 
     def tell_to_stop(self, now: float) -> None:
         """SIGTERM: what is safe to leave is left, what is not is finished first."""
+        self._asked = True
         self._heard = now  # its silence counts anew
         self._process.send_signal(signal.SIGTERM)
 
@@ -140,8 +142,8 @@ class Child:
                 now - self._heard,
                 extra=fields(self.task.name),
             )
-            self._told = now
-            self.tell_to_stop(now)
+            self._told = self._heard = now
+            self._process.send_signal(signal.SIGTERM)
         if now < self._told + grace:
             return self._told + grace
         log.error(
@@ -152,6 +154,10 @@ class Child:
         self._kill_group()
         self._killed = True
         return None
+
+    def never_began(self, code: int) -> bool:
+        """Whether SIGTERM came as it was told, before the program could take it as a request."""
+        return self._asked and self.result is None and code == -signal.SIGTERM
 
     def reap(self, now: float) -> int:
         """After its end: take the last reports, give everything back; its exit code."""

@@ -265,6 +265,8 @@ class Daemon:
             result = child.result or CycleEnd(
                 Outcome.FAILED, 1, f"its process {how} without a result"
             )
+            if child.never_began(code):
+                result = CycleEnd(Outcome.STOPPED, 1, "stopped before it began")
             self._log_result(task, result)
             if self._watcher is not None:
                 self._watcher.cycle_ended(task.name, reached=result.reached)

@@ -1,5 +1,6 @@
 import fcntl
 import json
+import logging
 import os
 import select
 import shlex
@@ -360,6 +361,18 @@ def test_the_end_waits_for_what_must_not_be_cut(
     stopping = service.notes.index("STOPPING=1")
     assert any(note.startswith("EXTEND_TIMEOUT_USEC=") for note in service.notes[stopping:])
     assert service.called("startup") == 0
+
+
+def test_who_is_stopped_before_it_began_has_not_failed(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The signal may come before Python can take it as a request."""
+    service.behave("update-a", "exec sleep 60")
+    service.start()
+    until(lambda: service.called("update a"))
+    service.stop()
+    assert "stopped before it began" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_stop_during_recovery_waits_for_it(service: Service) -> None:
