@@ -70,7 +70,10 @@ class Lab:
         )
 
     def wait(self, condition: Any, what: str) -> None:
-        self.machine.wait(condition, what, timeout=120)
+        try:
+            self.machine.wait(condition, what, timeout=120)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.journal()[-4000:]}") from None
 
     def journal(self) -> str:
         return self.machine.output("journalctl", "--output=cat", "--boot=all", "--unit", UNIT)
