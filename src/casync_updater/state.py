@@ -168,10 +168,10 @@ class State:
     pending: tuple[PendingAction, ...] = ()
     answers: tuple[Answer, ...] = ()
     trial: int | None = None
-    """In how many boots the health check of the installed version was begun; None where it has
-    passed, or there is none."""
+    """How often the health check of the installed version was begun; None where it has passed, or
+    there is none. One that still runs, or came to its end, is collected and not begun again."""
     trial_boot: str = ""
-    """The last one of them: in the same boot, a check that was begun is collected."""
+    """The boot in which it was begun the last time."""
     bad: tuple[Bad, ...] = ()
     held: str | None = None
     """Why the entry stays where it is until `resume`."""

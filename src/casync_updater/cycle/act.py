@@ -8,7 +8,7 @@ boot, and nobody was told to stop) runs again.
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from casync_updater.cycle.stop import Stop, StoppedError
@@ -177,6 +177,25 @@ class Actor:
         self._save(state)
         return Acted(tuple(commands), tuple(failures)), state
 
+    def forget_cut_off(self, commands: Sequence[str], about: str) -> bool:
+        """Whether a health check was begun and cut off; it is seen once, and then forgotten.
+
+        Raises:
+            OSError: what was kept of it cannot be removed.
+        """
+        found = False
+        for number in range(len(commands)):
+            name = self._check_id(about, number)
+            handle = self._runner.find(name)
+            result = None if handle is None else self._runner.collect(handle)
+            if result is not None and result.lost:
+                self._runner.forget(name)
+                found = True
+        return found
+
+    def _check_id(self, about: str, number: int) -> str:
+        return action_id(self._entry.name, "health", about, str(number))
+
     def examine(self, commands: Iterable[str], about: str) -> str | None:
         """Run health checks, one after the other.
 
@@ -196,7 +215,7 @@ class Actor:
         names: list[str] = []
         for number, command in enumerate(commands):
             action = Action(
-                action_id(self._entry.name, "health", about, str(number)),
+                self._check_id(about, number),
                 self._entry.name,
                 command,
                 self._directory,

@@ -433,14 +433,16 @@ class Cycle(Session):
         if trial is None or installed is None:
             return
         before, boot = self._state, self._outside.clock.boot_id()
-        if trial < _TRIALS or before.trial_boot == boot:
-            if before.trial_boot != boot:
+        actor, about = self._actor(), f"{installed.index_sha256} {installed.since}"
+        # A container that starts again may have the boot id of its host: then what the start
+        # cut off tells. After a power cut, that may be lost itself.
+        again = actor.forget_cut_off(self._entry.health_check, about) or before.trial_boot != boot
+        if trial < _TRIALS or not again:
+            if again:
                 self._state = replace(before, trial=trial + 1, trial_boot=boot)
                 self._folder.save(self._state)
             try:
-                failure = self._actor().examine(
-                    self._entry.health_check, f"{installed.index_sha256} {installed.since}"
-                )
+                failure = actor.examine(self._entry.health_check, about)
             except StoppedError:
                 # An orderly stop is not the version's fault.
                 self._state = before
