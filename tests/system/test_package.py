@@ -205,7 +205,9 @@ def test_an_upgrade_in_the_middle_of_a_fetch(
             assert device.version() == NEWER
             assert len(fetched()) < len(chunks), "the upgrade came too late to show anything"
             file = machine.root / "srv/demo/version"
-            machine.wait(lambda: file.exists() and file.read_text() == "one", "the whole update")
+            machine.wait(
+                lambda: file.exists() and file.read_text() == "one", "the whole update", timeout=120
+            )
             assert device.active(), device.journal()
             again = len(fetched()) - len(chunks)
             assert again <= 32, f"{again} of {len(chunks)} chunks were fetched twice"
