@@ -122,9 +122,9 @@ def test_children_end_with_the_daemon(service: Service) -> None:
         return [pid for pid in found if b"startup" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     until(children)
-    until(lambda: list(service.state.glob("actions/*/pid")))
+    until(lambda: list(service.state.glob(".actions/*/pid")))
     (child,) = children()
-    action = int(next(service.state.glob("actions/*/pid")).read_text())
+    action = int(next(service.state.glob(".actions/*/pid")).read_text())
     try:
         process.kill()
         process.wait()
