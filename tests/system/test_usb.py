@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -310,3 +311,30 @@ def test_mounted_by_somebody_else(fresh: Stick) -> None:
     stick.machine.unplug(drive.name)
     stick.machine.run("umount", "-l", POINT)
     stick.until(lambda: stick.drives() == [], "its end")
+
+
+def test_an_automount_of_systemd(fresh: Stick) -> None:
+    """A cycle that looks for the drive mounts it, and does not wait for one that is not there."""
+    stick = fresh
+    line = f"LABEL=AUTO {POINT} vfat nofail,x-systemd.automount,x-systemd.device-timeout=3"
+    unit = stick.machine.output("systemd-escape", "--path", "--suffix=automount", POINT)
+    drive = stick.drive(stick.publish(95), label="AUTO")
+    stick.machine.run("sh", "-c", f"echo '{line}' >> /etc/fstab && systemctl daemon-reload")
+    stick.machine.run("systemctl", "start", unit)
+    try:
+        begin = time.monotonic()
+        done = stick.machine.run("casync-updater", "update", "tree", check=False)
+        assert done.returncode == 3, done.stderr
+        assert time.monotonic() - begin < 60
+        stick.machine.plug(drive.name, drive)
+        stick.until(lambda: stick.exists("/dev/disk/by-label/AUTO"), "the drive")
+        done = stick.machine.run("casync-updater", "update", "tree")
+        assert "updated to 95.0" in done.stdout
+        stick.demand("95.0")
+        stick.idle()
+        stick.machine.unplug(drive.name)
+    finally:
+        stick.machine.run("systemctl", "stop", unit)
+        stick.machine.run("sed", "-i", "/AUTO/d", "/etc/fstab")
+        stick.machine.run("systemctl", "daemon-reload")
+    stick.demand_drive(drive, "95.0")
