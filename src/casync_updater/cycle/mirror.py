@@ -313,6 +313,9 @@ class Mirror:
         manifest = self._manifest(installed, version.release, published)
         try:
             self._make_folders(version)
+            # First: whoever is killed when all is written would find the drive complete, and
+            # nothing to do, the next time.
+            _remove_temporaries(self._index, self._store.path)
             retired = self._index_at(self._index)
             unsound = self._unsound(version, monitor)
             lacking = {key: ref for key, ref in version.refs.items() if key in unsound}
@@ -492,7 +495,6 @@ class Mirror:
         # The index goes after its chunks: a drive that is pulled out is pruned the next time.
         for path in doomed:
             path.unlink(missing_ok=True)
-        _remove_temporaries(self._index, self._store.path)
         syscalls.sync_file_system(self._index.parent)
 
     def _indexes(self, listed: set[str]) -> Iterator[Index]:

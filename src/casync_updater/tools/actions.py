@@ -5,6 +5,8 @@ What the folder of one action holds, ``ROOT/<id>/`` (0700)::
     command   the command, as it stands in the configuration; bash reads it
     run       exports, ``cd``, ``bash command``; notes the pid first and the result last
     handle    what `find` gives back after a restart of the updater
+    lock      locked (flock) from the moment that a process was made of it: by the process that
+              runs ``run``, or by systemd-run until systemd knows the unit
     pid       of the process that runs ``run``
     result    a line ``exit N``, ``signal N`` or ``timeout``; blank before. It is there from the
               beginning and written in place, since an action that ended while the disk is full
@@ -16,6 +18,7 @@ action may restart the updater, and its next start collects what the last one be
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -41,6 +44,7 @@ _LINE_LIMIT = 8 << 10
 _START_LIMIT = 10.0
 _TERM_GRACE = 5.0
 _SILENCE = 0.2
+_POLL = 0.02
 _DRAIN_LIMIT = 2.0
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -181,22 +185,22 @@ class ProcessRunner:
 
     def start(self, action: Action) -> Handle:
         """See `ActionRunner.start`."""
-        with _pidfd(self._root / action.id) as running:
-            if running is not None:
-                raise BusyError(f"{_called(action)} still runs")
+        if _is_locked(self._root / action.id):
+            raise BusyError(f"{_called(action)} still runs")
         handle = Handle(action.id, self._clock.boot_id(), self._clock.monotonic(), action.timeout)
         folder = _prepare(self._root, action, handle)
         try:
-            child = subprocess.Popen(
-                ["/bin/sh", str(folder / "run")],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # SIGPIPE stays ignored, as systemd has it for services: what an action leaves
-                # running in the background is not killed by its first line after we left.
-                restore_signals=False,
-            )
+            with _lock(folder) as lock:
+                child = subprocess.Popen(
+                    ["/bin/sh", str(folder / "run")],
+                    stdin=lock,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    # SIGPIPE stays ignored, as systemd has it for services: what an action leaves
+                    # running in the background is not killed by its first line after we left.
+                    restore_signals=False,
+                )
         except OSError as error:
             raise NotStartedError(f"an action cannot be started: {error.strerror}") from error
         self._own[action.id] = _Own(child, action.entry, self._log)
@@ -215,6 +219,8 @@ class ProcessRunner:
         limit = math.inf
         if handle.timeout is not None and handle.boot_id == self._clock.boot_id():
             limit = handle.started + handle.timeout
+        if not _await_pid(folder, self._clock, end):
+            return None
         with _pidfd(folder) as pidfd:
             while pidfd is not None:
                 now = self._clock.monotonic()
@@ -293,20 +299,22 @@ class UnitRunner:
             f"LogExtraFields=CASYNC_UPDATER_ENTRY={action.entry}",
         ]
         try:
-            process.run(
-                [
-                    "systemd-run",
-                    "--quiet",
-                    "--no-ask-password",
-                    f"--unit={unit}",
-                    f"--description=casync-updater: action of {action.entry}",
-                    *(f"--property={setting}" for setting in properties),
-                    "/bin/sh",
-                    str(folder / "run").replace("$", "$$"),
-                ],
-                timeout=30.0,
-            )
-        except LocalError as error:
+            with _lock(folder) as lock:
+                process.run(
+                    [
+                        "systemd-run",
+                        "--quiet",
+                        "--no-ask-password",
+                        f"--unit={unit}",
+                        f"--description=casync-updater: action of {action.entry}",
+                        *(f"--property={setting}" for setting in properties),
+                        "/bin/sh",
+                        str(folder / "run").replace("$", "$$"),
+                    ],
+                    timeout=30.0,
+                    keep_fds=(lock,),
+                )
+        except (LocalError, OSError) as error:
             raise NotStartedError(f"{_called(action)} cannot be started: {error}") from error
         return handle
 
@@ -321,6 +329,11 @@ class UnitRunner:
         if saved is not None:
             return saved
         end = self._clock.monotonic() + wait
+        while _is_locked(folder):
+            # An updater that was killed has left a systemd-run that is on its way.
+            if self._clock.monotonic() >= end:
+                return None
+            self._clock.sleep(_POLL)
         while (unit := self._shown(handle)).running:
             # Also while systemd has not noticed yet that the main process is gone, or still
             # ends the rest of a group that ran out of time.
@@ -477,6 +490,7 @@ def _prepare(root: Path, action: Action, handle: Handle) -> Path:
         folder.mkdir(mode=0o700)
         (folder / "command").write_bytes(command + b"\n")
         (folder / "run").write_bytes(script)
+        (folder / "lock").touch()
         (folder / "result").write_text(_NO_RESULT)
         (folder / "handle").write_text(json.dumps(asdict(handle)))
     except OSError as error:
@@ -493,13 +507,46 @@ def _script(action: Action, folder: Path) -> bytes:
     lines = [
         f"echo $$ >{here}/pid.new && mv {here}/pid.new {here}/pid",
         *(f"export {name}={shlex.quote(value)}" for name, value in action.env.items()),
-        f"cd -- {shlex.quote(str(action.directory))} && /bin/bash {here}/command",
+        f"cd -- {shlex.quote(str(action.directory))} && /bin/bash {here}/command </dev/null",
         "code=$?",
         # Where the result cannot be written all the same, the exit code is all there is.
         f'echo "exit $code" 1<>{here}/result && exit 0',
         "exit $code",
     ]
     return "\n".join(lines).encode(errors="surrogateescape") + b"\n"
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[int]:
+    """The lock of an action that is being started; whoever inherits it holds it from then on."""
+    descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with _lock(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # it was never started
+        return False
+
+
+def _await_pid(folder: Path, clock: Clock, end: float) -> bool:
+    """Whether an action has noted its pid, or has ended; False where it is still to be waited for.
+
+    An updater that was killed may leave an action that has only just begun.
+    """
+    while not (folder / "pid").exists() and _is_locked(folder):
+        if clock.monotonic() >= end:
+            return False
+        clock.sleep(_POLL)
+    return True
 
 
 def _await_start(folder: Path, clock: Clock, ended: Callable[[], bool]) -> None:

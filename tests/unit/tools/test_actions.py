@@ -188,6 +188,29 @@ def test_what_neither_runs_nor_left_a_result_is_lost(bench: Bench) -> None:
     bench.runner.collect(handle, 5)
 
 
+def test_an_action_that_has_only_just_begun_is_neither_lost_nor_begun_again(bench: Bench) -> None:
+    """Its updater was killed before the action has noted its pid."""
+    handle = bench.runner.start(bench.action("sleep 0.5; exit 5"))
+    (bench.root / "e-1" / "pid").unlink()
+    again = bench.restarted()
+    assert again.collect(handle) is None
+    with pytest.raises(BusyError, match="still runs"):
+        again.start(bench.action("true"))
+    result = again.collect(handle, 10)
+    assert result is not None
+    assert result.code == 5
+
+
+def test_what_an_action_leaves_running_does_not_keep_it_running(bench: Bench) -> None:
+    note = bench.folder / "note"
+    assert bench.run(f"sleep 60 & echo $! > {note}").ok
+    background = int(note.read_text())
+    try:
+        assert bench.restarted().start(bench.action("true"))
+    finally:
+        os.kill(background, signal.SIGKILL)
+
+
 def test_a_result_takes_no_room_that_it_does_not_have(bench: Bench, tmp_path: Path) -> None:
     """On a disk that is full by then, it would be lost, and the action would run again."""
     note = tmp_path / "note"
