@@ -219,9 +219,9 @@ class ProcessRunner:
         limit = math.inf
         if handle.timeout is not None and handle.boot_id == self._clock.boot_id():
             limit = handle.started + handle.timeout
-        if not _await_pid(folder, self._clock, end):
+        if own is None and not _await_pid(folder, self._clock, end):
             return None
-        with _pidfd(folder) as pidfd:
+        with _pidfd(folder, own) as pidfd:
             while pidfd is not None:
                 now = self._clock.monotonic()
                 if _wait(pidfd, min(end, limit) - now, own):
@@ -249,7 +249,7 @@ class ProcessRunner:
         _remove(self._root / action_id)
 
     def _end_group(self, folder: Path, own: "_Own | None") -> None:
-        group = int((folder / "pid").read_text())
+        group = int((folder / "pid").read_text()) if own is None else own.child.pid
         for number, grace in ((signal.SIGTERM, self._grace), (signal.SIGKILL, 1.0)):
             end = self._clock.monotonic() + grace
             with contextlib.suppress(ProcessLookupError):
@@ -577,14 +577,18 @@ def _read_handle(folder: Path) -> Handle | None:
 
 
 @contextlib.contextmanager
-def _pidfd(folder: Path) -> Iterator[int | None]:
+def _pidfd(folder: Path, own: "_Own | None") -> Iterator[int | None]:
     """The action's main process; None where it has ended.
 
-    The descriptor is opened before the command line is looked at, so a pid that was given to
+    A child of this process needs no file to be found by; on a full disk, it has none. Of another
+    one, the descriptor is opened before the command line is looked at, so a pid that was given to
     another process meanwhile is not taken for the action's.
     """
+    if own is not None and own.child.poll() is not None:
+        yield None
+        return
     try:
-        pid = int((folder / "pid").read_text())
+        pid = int((folder / "pid").read_text()) if own is None else own.child.pid
         fd = os.pidfd_open(pid)
     except (OSError, ValueError):
         yield None
@@ -594,7 +598,7 @@ def _pidfd(folder: Path) -> Iterator[int | None]:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             arguments = []
-        yield fd if os.fsencode(folder / "run") in arguments else None
+        yield fd if own is not None or os.fsencode(folder / "run") in arguments else None
     finally:
         os.close(fd)
 

@@ -201,6 +201,21 @@ def test_an_action_that_has_only_just_begun_is_neither_lost_nor_begun_again(benc
     assert result.code == 5
 
 
+def test_a_full_disk_may_keep_an_action_from_noting_its_pid(bench: Bench) -> None:
+    """It is waited for, heard and ended like any other."""
+    handle = bench.runner.start(bench.action("seq 100000; exit 3"))
+    (bench.root / "e-1" / "pid").unlink()
+    result = bench.runner.collect(handle, math.inf)
+    assert result is not None
+    assert result.code == 3
+    assert bench.lines()[-1] == "100000"
+    handle = bench.runner.start(bench.action("sleep 60", timeout=0.3))
+    (bench.root / "e-1" / "pid").unlink()
+    result = bench.runner.collect(handle, math.inf)
+    assert result is not None
+    assert result.timed_out
+
+
 def test_what_an_action_leaves_running_does_not_keep_it_running(bench: Bench) -> None:
     note = bench.folder / "note"
     assert bench.run(f"sleep 60 & echo $! > {note}").ok
