@@ -112,8 +112,7 @@ def authenticate(
         return Statement(body, signed=False)
     rings, problems = _usable(keyrings, required=required)
     verdicts = [_judge(body, message, ring, where, now) for ring in rings]
-    revoked = {s.key for ring in verdicts for s in ring if s.verdict is Verdict.REVOKED_KEY}
-    signers = {s.key for ring in verdicts for s in ring if s.verdict is Verdict.GOOD} - revoked
+    signers = _signers(verdicts, {Verdict.GOOD})
     if signers:
         return Statement(message.text, signed=True, signers=tuple(sorted(signers)))
     found = _summary(verdicts)
@@ -158,9 +157,7 @@ def still_vouched(body: bytes, *, keyrings: Sequence[Path]) -> bool:
         verdicts = [_judge(body, message, ring, "a kept release", 0.0) for ring in rings]
     except (ContentError, TrustError):
         return False
-    counting = {Verdict.GOOD, Verdict.EXPIRED, Verdict.EXPIRED_KEY}
-    revoked = {s.key for ring in verdicts for s in ring if s.verdict is Verdict.REVOKED_KEY}
-    return bool({s.key for ring in verdicts for s in ring if s.verdict in counting} - revoked)
+    return bool(_signers(verdicts, {Verdict.GOOD, Verdict.EXPIRED, Verdict.EXPIRED_KEY}))
 
 
 def digest_of(keyrings: Sequence[Path]) -> str | None:
@@ -260,6 +257,12 @@ def _judge(
             where=where,
         )
     return tuple(_aged(signature, ring, now) for signature in verified.signatures)
+
+
+def _signers(verdicts: Sequence[Sequence[gpgv.Signature]], counting: set[Verdict]) -> set[str]:
+    """The keys whose signatures count; one that any keyring shows as revoked counts in none."""
+    revoked = {s.key for ring in verdicts for s in ring if s.verdict is Verdict.REVOKED_KEY}
+    return {s.key for ring in verdicts for s in ring if s.verdict in counting} - revoked
 
 
 def _aged(signature: gpgv.Signature, ring: Keyring, now: float) -> gpgv.Signature:

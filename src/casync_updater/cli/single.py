@@ -54,9 +54,10 @@ def left_to_the_holder(
 
 
 def called_by_holder(entry: Entry, folder: StateFolder) -> bool:
-    """Whether an action of this entry calls, and whoever holds the entry waits for that action.
+    """Whether an action of this entry calls while somebody holds the entry.
 
-    An action may have left the caller running in the background: then nobody holds the entry.
+    That is the cycle that waits for the action, unless the action has left the caller running in
+    the background.
     """
     if os.environ.get("CASYNC_UPDATER_ENTRY") != entry.name:
         return False

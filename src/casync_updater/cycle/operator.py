@@ -12,6 +12,7 @@ from casync_updater.cycle.staging import survey
 from casync_updater.cycle.tree import Difference
 from casync_updater.cycle.values import Newer, Offer, UpToDate
 from casync_updater.errors import (
+    BusyError,
     ContentError,
     LocalError,
 )
@@ -111,10 +112,17 @@ class Operator(Session):
         return mtree.diff(before, mtree.parse(manifest.splitlines(), offer.index.features, where))
 
     def verify(self) -> tuple[Difference, ...]:
-        """How the destination differs from what was installed; empty where it does not."""
+        """How the destination differs from what was installed; empty where it does not.
+
+        Raises:
+            BusyError: without the lock, and a cycle is changing it.
+        """
         if self._lock < 0:
             # The cycle that holds the entry has recovered what there was, and waits.
             self._state = self._folder.peek()
+            if self._state.journal is not None:
+                # It is another one: an action has left the caller running in the background.
+                raise BusyError(f"{self._entry.name} is being changed")
             site = survey(self._entry, self._state.no_exchange)
         else:
             self._state = self._folder.load()

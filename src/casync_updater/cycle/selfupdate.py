@@ -294,10 +294,13 @@ def _plan(
 
 
 def _asked(index: str) -> str:
-    """What a check asks a web server for, without user and password: they are nobody's business."""
+    """What a check asks a web server for, without what gives access there.
+
+    Everybody may read the plan, and a server that denies access has answered.
+    """
     url = urlsplit(index)
     host = url.netloc.rpartition("@")[2]
-    return urlunsplit(url._replace(netloc=host, path=f"{url.path}.release"))
+    return urlunsplit(url._replace(netloc=host, path=f"{url.path}.release", query=""))
 
 
 def _demand_roots_own(tree: Path) -> None:

@@ -158,7 +158,7 @@ class Session:
         before = self._state.signed_mark
         self._state = judged_again(self._state, self._folder.signed_releases(), keyrings)
         after = self._state.signed_mark
-        if before is not None and after is not None and after != before:
+        if before is not None and after is not None and after < before:
             self._log.warning(
                 "%s: no key of the changed keyring vouches for serial %d, which was accepted"
                 " before: what is newer than serial %d counts again",

@@ -137,7 +137,7 @@ def read_progress(folder: Path) -> Progress:
     """How far the upgrade is; the beginning where nothing is written yet."""
     try:
         return Progress(**_known(Progress, folder / "progress.json"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return Progress()
 
 

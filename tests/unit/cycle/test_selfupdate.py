@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from casync_updater.cycle.selfupdate import SelfUpdate, _demand_roots_own, examine
+from casync_updater.cycle.selfupdate import SelfUpdate, _asked, _demand_roots_own, examine
 from casync_updater.errors import LocalError, TrustError
 from casync_updater.tools.packages import Installed, read_through
 
@@ -298,3 +298,8 @@ def test_what_status_says(tmp_path: Path) -> None:
     assert list(own.bad()) == ["1.0.10"]
     own.forgive()
     assert own.bad() == {}
+
+
+def test_what_the_guard_asks_for_gives_nobody_access() -> None:
+    asked = _asked("https://user:secret@[::1]:8443/a/x.caidx?token=secret")
+    assert asked == "https://[::1]:8443/a/x.caidx.release"

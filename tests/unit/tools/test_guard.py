@@ -20,6 +20,7 @@ from casync_updater.tools.guard import (
     LockedError,
     Machine,
     Plan,
+    Progress,
     _run,
     alive,
     arm,
@@ -509,3 +510,5 @@ def test_a_plan_of_another_version_is_read_as_far_as_it_is_known(folder: Path) -
     assert read_plan(folder) == replace(PLAN, urls=(), proxies=())
     (folder / "progress.json").write_text('{"phase": "trial", "counted": 5, "later": 1}')
     assert read_progress(folder).counted == 5
+    (folder / "progress.json").write_text("[]")
+    assert read_progress(folder) == Progress()
