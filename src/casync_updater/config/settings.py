@@ -139,7 +139,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
             _SECONDS,
             "A new version of casync-updater that an entry with selfUpdate installed, and that"
             " completes no check of that entry within these seconds, is replaced by the version"
-            " before. Seconds in which no update host can be reached do not count.",
+            " before. Seconds in which the update server does not answer do not count.",
         ),
     },
 }
